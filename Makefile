@@ -1,0 +1,41 @@
+# `make demo` is all that a newcomer needs; everything runs in .venv, made on first use.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+# Installed first and alone: the largest part, which then is found already there.
+TORCH := torch==2.13.0
+
+.PHONY: demo setup test lint clean
+
+demo: setup
+	$(BIN)/longshore demo
+
+setup: $(STAMP)
+
+# Made anew only when what it is made from changes.
+$(STAMP): pyproject.toml constraints.txt
+	@for python in "$(PYTHON)" python3.13 python3.12 python3.11 python3.14; do \
+	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	    echo "Longshore needs Python 3.11 or newer: install one, or name it with 'make PYTHON=/path/to/python3.11'" >&2; \
+	    exit 1; \
+	fi; \
+	if ! $(BIN)/python -c '' 2>/dev/null; then rm -rf $(VENV) && "$$found" -m venv $(VENV); fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

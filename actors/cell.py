@@ -1,0 +1,420 @@
+"""The cell: all actors, stepped by facts. One fact is one step.
+
+    fact > order (bus.ordering) > its actor > what that says > their actors > ... until nothing is left
+
+Messages go first in, first out. What is said to somebody outside the cell (a driver, the timer, a reader, the record)
+leaves it; everything that is said, inside or outside, is a numbered output of the step. The state at sequence s
+follows from the facts up to s, on every replica, in a simulation and in replay alike.
+
+An exception in a step undoes the step: actors, effect numbers and timers go back to what they were, `now` and the
+order of facts go on, and the only output is `step.skipped` (with the end of a request, or the closing of a driver's
+epoch). Going back means: the last checkpoint, and the facts since then once more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from typing import Any, NamedTuple
+
+import msgspec
+
+from actors.actor import Actor
+from actors.gpu import Gpu
+from actors.placement import Placement
+from actors.requests import Requests
+from actors.store import Store
+from bus.contract import Record
+from bus.messages import (
+    ANSWERS,
+    OUTPUT_LIMIT_BYTES,
+    STARTED,
+    DifferenceAccepted,
+    DriverLost,
+    EpochClosed,
+    Message,
+    RequestAccepted,
+    RequestEnded,
+    RulesActivated,
+    SaidEnvelope,
+    SequencesSealed,
+    SetTimer,
+    StepSkipped,
+    TimerFired,
+    To,
+    encode,
+    extend_chain,
+    kind_of,
+)
+from bus.ordering import FactOrder, OrderState, TakenFact
+from bus.subjects import FactSubject, Subjects, valid_name
+
+KNOWN_RULES = frozenset({1})
+"""Rule versions that this code can follow."""
+
+STEP_LIMIT = 100_000
+"""Messages in one step: far above any real step, so that a loop between actors ends as a skipped step."""
+
+CHECKPOINT_FACTS = 1000
+"""Facts between two checkpoints, at the least; more as the state grows, so that the cost per fact stays the same."""
+
+DRIVER = "driver/"
+"""Receivers with this prefix are drivers: `driver/gpu/s1/0`."""
+
+
+class UnknownRules(Exception):
+    """The ledger follows a rule version that this code does not know: it must not decide, nor publish."""
+
+
+class Said(NamedTuple):
+    """One derived message, as it is to stand in the ledger: `place` is its index in the step."""
+
+    place: int
+    subject: str
+    payload: bytes
+    receiver: str
+
+
+class Step(NamedTuple):
+    """What one fact led to."""
+
+    sequence: int
+    said: list[Said]
+
+
+class DriverLink(msgspec.Struct):
+    """Effects of one open epoch: how many were said, their rolling hash, and which are not yet answered."""
+
+    epoch: int
+    boot: str
+    number: int = 0
+    chain: str = ""
+    unanswered: dict[int, str] = {}
+
+
+class OpenTimer(msgspec.Struct):
+    actor: str
+    due: int
+    about: str
+
+
+class Memory(msgspec.Struct):
+    """What goes back when a step is skipped."""
+
+    actors: dict[str, msgspec.Raw]
+    links: dict[str, DriverLink]
+    timers: dict[str, OpenTimer]
+    rules: int
+
+
+class Snapshot(msgspec.Struct):
+    """The whole cell at a ledger position. `digest` covers all other fields."""
+
+    position: int
+    now: int
+    facts: int
+    order: OrderState
+    memory: Memory
+    digest: str = ""
+
+
+_ANSWER_KINDS = {kind_of(effect): tuple(kind_of(a) for a in answers) for effect, answers in ANSWERS.items()}
+_ALL_ANSWERS = frozenset(kind for kinds in _ANSWER_KINDS.values() for kind in kinds)
+_pack = msgspec.msgpack.Encoder()
+
+
+class Cell:
+    """All actors of one cell, and the one step that moves them."""
+
+    def __init__(self, name: str) -> None:
+        self.subjects = Subjects(name)
+        self.order = FactOrder()
+        self.now = 0
+        self.position = 0
+        self.facts = 0
+        self.rules = 1
+        self.actors: dict[str, Actor] = {}
+        self.links: dict[str, DriverLink] = {}
+        self.timers: dict[str, OpenTimer] = {}
+        self._checkpoint = self._remember()
+        self._checkpoint_limit = CHECKPOINT_FACTS
+        self._since: list[tuple[TakenFact, int]] = []
+        self._skipped: dict[int, str] = {}
+        self._subject_cache: dict[tuple[str, str, type[Message]], str] = {}
+
+    # ---- facts in, steps out --------------------------------------------------------------------------------
+
+    def take(self, record: Record) -> list[Step]:
+        """Take one ledger record; facts lead to steps, everything else to nothing.
+
+        Raises `UnknownRules`; nothing else, whatever the record holds.
+        """
+        self.position = max(self.position, record.sequence)
+        subject = self.subjects.parse(record.subject)
+        if not isinstance(subject, FactSubject):
+            return []
+        steps = []
+        for fact in self.order.admit(record, subject):
+            step = self._take(fact)
+            if step is not None:
+                steps.append(step)
+        return steps
+
+    def _take(self, fact: TakenFact) -> Step | None:
+        self.facts += 1
+        now = max(self.now, fact.timestamp)
+        message = fact.message
+        if isinstance(message, TimerFired):
+            timer = self.timers.get(f"{message.fact}.{message.index}")
+            if timer is None:
+                return None
+            now = max(now, timer.due)
+        if isinstance(message, RulesActivated) and message.version not in KNOWN_RULES:
+            raise UnknownRules(
+                f"rule version {message.version} is in force since ledger sequence {fact.sequence}; "
+                f"this program knows {sorted(KNOWN_RULES)}: run a newer one"
+            )
+        self.now = now
+        try:
+            said = self._run(fact, now)
+            step = Step(fact.sequence, self._seal(fact.sequence, said))
+        except Exception as error:
+            self._skipped[fact.sequence] = _reason(error)
+            self._go_back()
+            said = self._run_skipped(fact)
+            step = Step(fact.sequence, self._seal(fact.sequence, said))
+        self._since.append((fact, now))
+        if len(self._since) >= self._checkpoint_limit:
+            self._checkpoint = self._remember()
+            size = sum(len(bytes(raw)) for raw in self._checkpoint.actors.values())
+            self._checkpoint_limit = max(CHECKPOINT_FACTS, size // 500)
+            self._since.clear()
+            self._skipped.clear()
+        return step
+
+    def _run(self, fact: TakenFact, now: int) -> list[tuple[str, To, int]]:
+        if fact.message is None:
+            raise StepError(fact.error)
+        message = self._cite(fact)
+        actor = fact.actor
+        if isinstance(message, STARTED):
+            self.links[fact.sender] = DriverLink(fact.sequence, fact.boot, chain=fact.boot, unanswered={})
+        elif isinstance(message, DriverLost):
+            self.links.pop(fact.actor, None)
+        elif isinstance(message, TimerFired):
+            actor = self.timers.pop(f"{message.fact}.{message.index}").actor
+        elif isinstance(message, DifferenceAccepted | RulesActivated):
+            return self._own(message, actor)
+        elif fact.epoch:
+            self._answer(fact, kind_of(message))
+        said: list[tuple[str, To, int]] = []
+        waiting = deque([(actor, message, -1)])
+        while waiting:
+            name, incoming, cause = waiting.popleft()
+            for to in self._actor(name).handle(incoming, now):
+                index = len(said)
+                if index >= STEP_LIMIT:
+                    raise StepError(f"more than {STEP_LIMIT} messages in one step")
+                said.append((name, to, cause))
+                if is_actor(to.receiver):
+                    waiting.append((to.receiver, to.message, index))
+                elif to.receiver == "timer" and isinstance(to.message, SetTimer):
+                    timer = OpenTimer(name, to.message.due, to.message.about)
+                    self.timers[f"{fact.sequence}.{index}"] = timer
+        return said
+
+    def _cite(self, fact: TakenFact) -> Message:
+        """Facts that others cite by their place in the ledger carry that place."""
+        message = fact.message
+        assert message is not None
+        if isinstance(message, (RequestAccepted | SequencesSealed, STARTED)):
+            cited: Message = msgspec.structs.replace(message, sequence=fact.sequence)
+            return cited
+        return message
+
+    def _answer(self, fact: TakenFact, kind: str) -> None:
+        """Exactly one answer per effect, of a kind that this effect may have."""
+        link = self.links[fact.actor]
+        if fact.answers:
+            effect = link.unanswered.pop(fact.answers, None)
+            if effect is None:
+                raise StepError(f"{kind} answers effect {fact.answers}, which is not waiting for an answer")
+            if kind not in _ANSWER_KINDS[effect]:
+                raise StepError(f"{kind} does not answer {effect} (effect {fact.answers})")
+        elif kind in _ALL_ANSWERS:
+            raise StepError(f"{kind} answers no effect")
+
+    def _own(self, message: DifferenceAccepted | RulesActivated, actor: str) -> list[tuple[str, To, int]]:
+        if actor != "cell":
+            raise StepError(f"{kind_of(message)} is for the cell, not for {actor}")
+        if isinstance(message, RulesActivated):
+            self.rules = message.version
+            for known in self.actors.values():
+                known.rules = message.version
+            return []
+        current = self.links.get(message.driver)
+        if current is None or current.epoch != message.epoch:
+            return []
+        return self._close(message.driver, message.epoch, "an operator accepted a difference that this epoch obeyed")
+
+    def _close(self, driver: str, epoch: int, reason: str) -> list[tuple[str, To, int]]:
+        self.order.close(driver, epoch)
+        self.links.pop(driver, None)
+        return [("cell", To(DRIVER + driver, EpochClosed(driver, epoch, reason)), -1)]
+
+    def _actor(self, name: str) -> Actor:
+        actor = self.actors.get(name)
+        if actor is None:
+            actor = make_actor(name)
+            actor.rules = self.rules
+            self.actors[name] = actor
+        return actor
+
+    # ---- a step that failed -----------------------------------------------------------------------------------
+
+    def _run_skipped(self, fact: TakenFact) -> list[tuple[str, To, int]]:
+        """What is said instead of a step that failed. No actor is called."""
+        reason = self._skipped[fact.sequence]
+        said = [("cell", To("record", StepSkipped(fact.sequence, fact.actor[:200] or "?", reason)), -1)]
+        if isinstance(fact.message, TimerFired):
+            self.timers.pop(f"{fact.message.fact}.{fact.message.index}", None)
+        if isinstance(fact.message, RequestAccepted):
+            ended = RequestEnded(
+                request=fact.message.request,
+                model=fact.message.model,
+                outcome="failed",
+                positions=0,
+                code="internal",
+                reason=f"the cell could not take this request: {reason}",
+                replies=(fact.message.reply,) if fact.message.reply else (),
+            )
+            said.append(("cell", To("reader", ended), -1))
+        if fact.epoch and not isinstance(fact.message, DriverLost):
+            said += self._close(fact.actor, fact.epoch, f"its fact {fact.sequence} was skipped: {reason}"[:4000])
+        return said
+
+    def _go_back(self) -> None:
+        """Actors, links and timers as they were before the fact that failed: the checkpoint, and the facts since."""
+        self._recall(self._checkpoint)
+        for fact, now in self._since:
+            if fact.sequence in self._skipped:
+                self._run_skipped(fact)
+            else:
+                self._number(self._run(fact, now))
+
+    def _number(self, said: list[tuple[str, To, int]]) -> list[tuple[int, str, int, str]]:
+        """Give effects their epoch, boot, number and rolling hash; (0, "", 0, "") for everything else."""
+        numbered = []
+        for _, to, _ in said:
+            if not to.receiver.startswith(DRIVER) or isinstance(to.message, EpochClosed):
+                numbered.append((0, "", 0, ""))
+                continue
+            link = self.links.get(to.receiver[len(DRIVER) :])
+            if link is None:
+                raise StepError(f"{kind_of(to.message)} for {to.receiver}, which has no open epoch")
+            link.number += 1
+            link.chain = extend_chain(link.chain, encode(to.message))
+            link.unanswered[link.number] = kind_of(to.message)
+            numbered.append((link.epoch, link.boot, link.number, link.chain))
+        return numbered
+
+    def _seal(self, sequence: int, said: list[tuple[str, To, int]]) -> list[Said]:
+        numbers = self._number(said)
+        of = len(said)
+        sealed = []
+        for index, ((sender, to, cause), (epoch, boot, number, chain)) in enumerate(zip(said, numbers, strict=True)):
+            body = msgspec.Raw(encode(to.message))
+            payload = encode(SaidEnvelope(sequence, index, of, body, cause, epoch, boot, number, chain))
+            if len(payload) > OUTPUT_LIMIT_BYTES:
+                raise StepError(
+                    f"{kind_of(to.message)} has {len(payload)} bytes; at most {OUTPUT_LIMIT_BYTES} may be said"
+                )
+            sealed.append(Said(index, self._subject(sender, to), payload, to.receiver))
+        return sealed
+
+    def _subject(self, sender: str, to: To) -> str:
+        key = (sender, to.receiver, type(to.message))
+        subject = self._subject_cache.get(key)
+        if subject is None:
+            subject = self.subjects.said(sender, to.receiver, kind_of(to.message))
+            self._subject_cache[key] = subject
+        return subject
+
+    # ---- memory -----------------------------------------------------------------------------------------------
+
+    def _remember(self) -> Memory:
+        actors = {name: msgspec.Raw(_pack.encode(actor.state)) for name, actor in self.actors.items()}
+        copied = msgspec.msgpack.decode(_pack.encode((self.links, self.timers)), type=_LINKS_AND_TIMERS)
+        return Memory(actors, copied[0], copied[1], self.rules)
+
+    def _recall(self, memory: Memory) -> None:
+        self.links, self.timers = msgspec.msgpack.decode(
+            _pack.encode((memory.links, memory.timers)), type=_LINKS_AND_TIMERS
+        )
+        self.rules = memory.rules
+        self.actors = {}
+        for name, raw in memory.actors.items():
+            actor = self._actor(name)
+            actor.state = msgspec.msgpack.decode(raw, type=actor.State)
+
+    def snapshot(self) -> bytes:
+        """The whole cell as bytes; the caller knows that every output up to `position` was read back."""
+        snapshot = Snapshot(self.position, self.now, self.facts, self.order.state, self._remember())
+        snapshot.digest = hashlib.sha256(_pack.encode(snapshot)).hexdigest()
+        return _pack.encode(snapshot)
+
+    @classmethod
+    def restored(cls, name: str, data: bytes) -> Cell:
+        """A cell that goes on from a snapshot. Raises ValueError where the bytes are not one, or not whole."""
+        try:
+            snapshot = msgspec.msgpack.decode(data, type=Snapshot)
+        except msgspec.DecodeError as error:
+            raise ValueError(f"not a snapshot of a cell: {error}") from None
+        digest, snapshot.digest = snapshot.digest, ""
+        if hashlib.sha256(_pack.encode(snapshot)).hexdigest() != digest:
+            raise ValueError("the snapshot's hash does not fit its content")
+        cell = cls(name)
+        cell.position, cell.now, cell.facts = snapshot.position, snapshot.now, snapshot.facts
+        cell.order = FactOrder(snapshot.order)
+        cell._recall(snapshot.memory)
+        cell._checkpoint = snapshot.memory
+        return cell
+
+    def digest(self) -> str:
+        """The hash of the whole state: equal on every replica at the same position."""
+        return hashlib.sha256(self.snapshot()).hexdigest()
+
+
+_LINKS_AND_TIMERS = tuple[dict[str, DriverLink], dict[str, OpenTimer]]
+
+
+class StepError(Exception):
+    """A fact that cannot be taken; the message is the reason that every replica records."""
+
+
+def _reason(error: Exception) -> str:
+    """Text that is equal on every replica: no addresses, no paths, bounded."""
+    text = str(error) if isinstance(error, StepError) else f"{type(error).__name__}: {error}"
+    return text if len(text) <= 1000 and " at 0x" not in text else type(error).__name__
+
+
+def is_actor(name: str) -> bool:
+    """Whether a receiver lives in the cell (anything else is outside: drivers, timer, reader, sealer, record)."""
+    return name in _SINGLE or name.startswith(("store/", "gpu/"))
+
+
+_SINGLE: dict[str, type[Any]] = {"requests": Requests, "placement": Placement}
+
+
+def make_actor(name: str) -> Actor:
+    """The actor of this name. Raises StepError where no actor can have it."""
+    single = _SINGLE.get(name)
+    if single is not None:
+        actor: Actor = single(name)
+        return actor
+    parts = name.split("/")
+    if parts[0] == "store" and len(parts) == 2 and valid_name(parts[1]):
+        return Store(name)
+    if parts[0] == "gpu" and len(parts) == 3 and valid_name(parts[1]) and parts[2].isdigit() and len(parts[2]) < 5:
+        return Gpu(name)
+    raise StepError(f"there is no actor {name[:100]!r}")

@@ -1,0 +1,244 @@
+"""Commands of this room: control, up, status, replay. What is heavy is imported inside the functions."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json as json_module
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bus.errors import UserError
+from bus.options import (
+    DEFAULT_CELL,
+    DEFAULT_NATS,
+    CellOption,
+    Failure,
+    JsonOption,
+    NatsOption,
+    check_cell_name,
+    connected,
+)
+
+DataOption = Annotated[Path, typer.Option("--data", metavar="DIR", help="Where streams, packed models and logs live.")]
+DEFAULT_DATA = Path("data")
+
+
+def control(
+    nats: NatsOption = DEFAULT_NATS,
+    cell: CellOption = DEFAULT_CELL,
+    silence: Annotated[
+        float, typer.Option(min=0.2, max=3600, metavar="SECONDS", help="A driver that is silent for so long is lost.")
+    ] = 1.0,
+    queue_limit: Annotated[int, typer.Option(min=1, help="Requests that may wait for a slot, over all models.")] = 1000,
+    retention: Annotated[
+        int, typer.Option(min=1, metavar="SECONDS", help="How long results of ended requests are kept.")
+    ] = 3600,
+    ledger_limit: Annotated[str, typer.Option(metavar="SIZE", help="Limit of the ledger's stream.")] = "1GiB",
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log JSON lines instead of text.")] = False,
+) -> None:
+    """Run one control: a replica of the cell that decides, answers clients and watches drivers.
+
+    Start as many as you like; one leads, the others take over within a fraction of a second.
+
+    Example: longshore control --nats nats://10.0.0.5:4222 --cell main
+    """
+    from actors.control_process import ControlOptions, run_control
+    from actors.logs import configure_logs
+    from actors.sizes import parse_size
+
+    check_cell_name(cell)
+    configure_logs(as_json=log_json)
+    options = ControlOptions(nats, cell, silence, parse_size(ledger_limit, "--ledger-limit"), retention, queue_limit)
+    _run(run_control(options))
+
+
+def up(
+    data: DataOption = DEFAULT_DATA,
+    nodes: Annotated[int, typer.Option(min=1, max=64, help="Servers, each a node process.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, max=16, help="Workers per server, one process per device.")] = 2,
+    controls: Annotated[int, typer.Option(min=1, max=9, help="Control processes.")] = 1,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="What workers compute on.")] = "cpu",
+    nats: Annotated[
+        str, typer.Option("--nats", metavar="URL", help="Use this NATS server instead of an embedded one.")
+    ] = "",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the embedded server; 0 takes a free one.")
+    ] = 4222,
+    cell: CellOption = DEFAULT_CELL,
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="Device memory of each worker.")] = "",
+    dram: Annotated[str, typer.Option(metavar="SIZE", help="DRAM budget of each server for checkpoints.")] = "",
+    slots: Annotated[int, typer.Option(min=0, max=1024, help="Sequences per instance at most; 0: the default.")] = 0,
+    fsync: Annotated[bool, typer.Option("--fsync", help="The embedded server fsyncs every message.")] = False,
+) -> None:
+    """Start a whole cell on this machine and keep it up until SIGTERM or Ctrl-C.
+
+    Example: longshore up --nodes 2 --workers 2 --data ./data
+    """
+    from actors.up import UpOptions
+
+    check_cell_name(cell)
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"--device {device!r}: use cpu or cuda")
+    options = UpOptions(
+        data=data.absolute(),
+        cell=cell,
+        nodes=nodes,
+        workers=workers,
+        controls=controls,
+        device=device,
+        nats=nats,
+        port=port,
+        fsync_always=fsync,
+        memory=memory,
+        dram=dram,
+        slots=slots,
+    )
+    _run(_up(options))
+
+
+async def _up(options: Any) -> None:
+    from rich.console import Console
+
+    from actors.up import CellProcesses
+    from bus.jetstream import JetStreamBus
+
+    console = Console(stderr=True)
+    ending = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ending.set)
+    stop = asyncio.ensure_future(ending.wait())
+
+    async def keep() -> None:
+        async with CellProcesses(options) as cell:
+            console.print(f"NATS at {cell.url}; logs in {options.data / 'logs'}")
+            bus = await JetStreamBus.connect(cell.url, options.cell, name="longshore-up", create=True)
+            try:
+                with console.status("starting workers"):
+                    status = await cell.ready(bus)
+            finally:
+                await bus.close()
+            models = ", ".join(status["models"]) or "none yet (longshore model add NAME DIR)"
+            console.print(f"cell {options.cell} is up: {len(status['workers'])} workers, models: {models}")
+            example = f"--nats {cell.url}" if cell.url != DEFAULT_NATS else ""
+            console.print(f"ask it:   longshore ask MODEL 'prompt' {example}\nwatch it: longshore tail {example}")
+            await cell.watch()
+
+    work = asyncio.ensure_future(keep())
+    await asyncio.wait([work, stop], return_when=asyncio.FIRST_COMPLETED)
+    if not work.done():
+        console.print("stopping")
+        work.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await work
+
+
+async def status(nats: NatsOption = DEFAULT_NATS, cell: CellOption = DEFAULT_CELL, json: JsonOption = False) -> None:
+    """Show the cell: servers, workers, what runs where, how many requests there are.
+
+    Example: longshore status --json
+    """
+    from actors.up import cell_status
+
+    async with connected(nats, cell) as bus:
+        found = await cell_status(bus, cell)
+    if found is None:
+        raise Failure(
+            f"no control of cell {cell!r} answers at {nats}: start one with `longshore up` or `longshore control`"
+        )
+    if json:
+        print(json_module.dumps(found))
+        return
+    _print_status(found)
+
+
+def _print_status(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from actors.sizes import show_size
+
+    console = Console()
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(found["requests"].items())) or "none"
+    console.print(f"cell {found['cell']} at ledger sequence {found['position']}; requests: {counts}")
+    servers = Table("server", "up", "DRAM budget", "models")
+    for name, server in found["servers"].items():
+        held = ", ".join(f"{model} ({tier})" for model, tier in server["models"].items())
+        servers.add_row(name, "yes" if server["up"] else "no", show_size(server["dram_bytes"]), held or "-")
+    console.print(servers)
+    workers = Table("worker", "device", "process", "memory", "free", "instances")
+    for name, worker in found["workers"].items():
+        running = ", ".join(
+            f"{model} {one['status']} {one['active']}/{one['slots']}" for model, one in worker["instances"].items()
+        )
+        sizes = show_size(worker["memory_bytes"]), show_size(worker["free_bytes"])
+        workers.add_row(name, worker["device"], str(worker["process"]), *sizes, running or "-")
+    console.print(workers)
+
+
+async def replay(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="A recording; the live ledger without it.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every recorded message with what this code computes.")
+    ] = False,
+    at: Annotated[int, typer.Option("--at", min=0, metavar="SEQ", help="Show the cell after this sequence.")] = 0,
+    nats: NatsOption = DEFAULT_NATS,
+    cell: CellOption = DEFAULT_CELL,
+    json: JsonOption = False,
+) -> None:
+    """Run the cell over recorded facts: verify its decisions (the default), or show its state at a sequence.
+
+    The first difference is named by sequence, message and field; the exit code is then 1.
+
+    Example: longshore replay incident.lsrec --verify
+    Example: longshore replay incident.lsrec --at 1200 --json
+    """
+    from actors.replay import Verdict
+    from actors.replaying import describe_state, replay_live, replay_recording
+
+    if file is not None:
+        answer: Any = replay_recording(file, verify=verify or not at, at=at)
+    else:
+        async with connected(nats, cell) as bus:
+            answer = await replay_live(bus, cell, verify=verify or not at, at=at)
+    verdict, found = answer
+    if found is not None:
+        shown = describe_state(found)
+        print(json_module.dumps(shown) if json else json_module.dumps(shown, indent=2))
+    if verdict is None:
+        return
+    assert isinstance(verdict, Verdict)
+    if json:
+        import msgspec
+
+        print(msgspec.json.encode(verdict).decode())
+    elif verdict.difference is None:
+        pending = f", {verdict.pending} not yet written at its end" if verdict.pending else ""
+        print(
+            f"verified: {verdict.verified} messages derived from {verdict.facts} facts are what this code computes, "
+            f"up to ledger sequence {verdict.last_sequence}{pending}"
+        )
+    else:
+        print(f"difference at {verdict.sentence}")
+    if verdict.difference is not None:
+        raise typer.Exit(1)
+
+
+def _run(work: Any) -> None:
+    """Run on uvloop where there is one; the bus's errors become one sentence."""
+    from bus.contract import BusError
+
+    try:
+        import uvloop
+
+        uvloop.run(work)
+    except ImportError:
+        asyncio.run(work)
+    except BusError as error:
+        raise Failure(str(error)) from None

@@ -1,0 +1,250 @@
+"""The control shell: one replica of the cell on a bus, with what belongs to every control beside it.
+
+    ledger ─▶ replica (actors.replica) ─▶ publish, lead or rescue
+                 ├─▶ timers   state what is due
+                 ├─▶ sealer   seals the tokens of closed epochs
+                 ├─▶ reader   shows what no worker shows
+                 ├─▶ watch    states who is lost
+                 └─▶ intake   answers clients
+
+It needs only the `Bus` contract, so it runs unchanged on NATS and in a simulated world. A difference, a changed ledger
+or an unknown rule version end it with an exception that says what and where; whoever runs it decides what follows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import cast
+
+import structlog
+
+from actors.cell import Cell, Step, UnknownRules
+from actors.gpu import GpuState
+from actors.intake import Intake
+from actors.readback import accepted_differences
+from actors.replica import Replica
+from actors.results import ResultsReader
+from actors.sealer import seal
+from actors.timers import Timers
+from actors.watch import LOOK_SECONDS, SILENCE_SECONDS, Watch
+from bus.contract import Appended, Bus, BusError, LogFull, Reader, Record
+from bus.messages import SealTokens, decode_said, decode_said_body
+from bus.subjects import Subjects
+from bus.tasks import Tasks
+
+POLL_SECONDS = 0.05
+STANDBY_SECONDS = 0.5
+"""How much later a replica that does not lead does what the leading one should have done by then."""
+
+SHOW_AGAIN_NS = 10_000_000_000
+"""After a start, ends that were stated within this time are shown again: the control before may not have come to it."""
+
+log = structlog.get_logger("longshore.control")
+
+
+class Control:
+    """One control process. `me` is its boot id. `run` lasts until something forbids it to go on."""
+
+    def __init__(self, bus: Bus, cell: str, me: str, *, silence: float = SILENCE_SECONDS) -> None:
+        self.bus = bus
+        self.me = me
+        self.subjects = Subjects(cell)
+        self.tasks = Tasks()
+        self.replica: Replica | None = None
+        self.started = asyncio.Event()
+        self.watch = Watch(bus, self.subjects, me, silence=silence)
+        self.intake = Intake(bus, self.subjects, me, self._cell, lambda: self.live)
+        self._empty = Cell(cell)
+        self._timers = Timers()
+        self._reader = ResultsReader(bus, self.subjects)
+        self._started_wall = 0
+
+    @property
+    def live(self) -> bool:
+        """Whether the past is read: from here on this control takes part."""
+        return self.replica is not None and self.replica.live
+
+    def _cell(self) -> Cell:
+        return self.replica.cell if self.replica is not None else self._empty
+
+    async def run(self) -> None:
+        """Raises Difference, LogChanged, UnknownRules or BusError; cancellation ends it cleanly."""
+        try:
+            await self._open()
+            await self.tasks.wait()
+        finally:
+            await self.tasks.stop()
+
+    async def _open(self) -> None:
+        self._started_wall = self.bus.wall()
+        end = (await self.bus.ledger.usage()).last_sequence
+        accepted = await self._accepted_differences()
+        self.replica = Replica(Cell(self.subjects.cell), self.me, end_at_start=end, accepted=accepted)
+        reader = await self.bus.ledger.read(start=1)
+        self.tasks.start(self._read(reader, self.replica), "control reads")
+        self.tasks.start(self._rescue(self.replica), "control rescues")
+        self.tasks.start(self._tick(self.replica), "control ticks")
+        self.tasks.start(self.watch.listen(), "watch listens")
+        for verb in self.intake.verbs:
+            self.tasks.start(self.intake.serve(verb, self.tasks), f"intake {verb}")
+
+    async def _accepted_differences(self) -> frozenset[tuple[int, int]]:
+        """Differences that an operator lets stand are known before the replica comes to them."""
+        subject = self.subjects.fact("cell", "difference.accepted")
+        last = await self.bus.ledger.last(subject)
+        if last is None:
+            return frozenset()
+        found: list[tuple[int, int]] = []
+        reader = await self.bus.ledger.read([subject])
+        try:
+            at = 0
+            while at < last.sequence:
+                for record in await reader.batch():
+                    at = record.sequence
+                    key = accepted_differences(record)
+                    if key is not None:
+                        found.append(key)
+        finally:
+            await reader.close()
+        return frozenset(found)
+
+    # ---- the replica ------------------------------------------------------------------------------------------
+
+    async def _read(self, reader: Reader, replica: Replica) -> None:
+        loop = asyncio.get_running_loop()
+        behind = True
+        try:
+            while True:
+                records = await reader.batch()
+                at = loop.time()
+                for record in records:
+                    steps = replica.take(record, at)
+                    self._publish(replica)
+                    for step in steps:
+                        self._follow(replica, step, record)
+                if behind and replica.live:
+                    behind = False
+                    self.started.set()
+                    log.info("live", position=replica.position, facts=replica.cell.facts, me=self.me)
+                if behind:
+                    await asyncio.sleep(0)
+        except UnknownRules as error:
+            log.error("silent", reason=str(error))
+            raise
+        finally:
+            await reader.close()
+
+    def _publish(self, replica: Replica) -> None:
+        for fact, said in replica.outgoing():
+            replica.unanswered += 1
+            future = self.bus.ledger.send(
+                said.subject, said.payload, message_id=f"said.{fact}.{said.place}", publisher=self.me
+            )
+            future.add_done_callback(self._answered)
+
+    def _answered(self, future: asyncio.Future[Appended]) -> None:
+        assert self.replica is not None
+        self.replica.unanswered -= 1
+        if future.cancelled():
+            return
+        error = future.exception()
+        if isinstance(error, LogFull):
+            log.error(
+                "ledger full", reason="what must be said finds no room: give the stream more, or a new generation"
+            )
+        elif error is not None and not isinstance(error, BusError):
+            raise error
+
+    async def _rescue(self, replica: Replica) -> None:
+        """Publish what the leading replica should have published, once the head of the stream lacks it."""
+        loop = asyncio.get_running_loop()
+        connections = self.bus.connections
+        while True:
+            before = loop.time()
+            await asyncio.sleep(POLL_SECONDS)
+            now = loop.time()
+            if now - before > 4 * POLL_SECONDS or self.bus.connections != connections or not self.bus.connected:
+                connections = self.bus.connections
+                replica.disturbed(now)
+                continue
+            if not self.started.is_set() and replica.live:
+                self.started.set()
+            if replica.wants_rescue(now):
+                try:
+                    usage = await self.bus.ledger.usage()
+                except BusError:
+                    replica.disturbed(loop.time())
+                    continue
+                was = replica.leading
+                replica.rescue(loop.time(), usage.last_sequence)
+                self._publish(replica)
+                if replica.leading and not was:
+                    log.info("leading", position=replica.position, me=self.me)
+
+    # ---- what follows from a step -------------------------------------------------------------------------------
+
+    def _follow(self, replica: Replica, step: Step, record: Record) -> None:
+        self._timers.note(step)
+        for said in step.said:
+            if said.receiver == "sealer":
+                order = decode_said_body(decode_said(said.payload).body)
+                if isinstance(order, SealTokens):
+                    self.tasks.spawn(self._seal(replica, order), "seal")
+            elif said.receiver == "reader" and self._is_news(replica, record):
+                self.tasks.spawn(self._show(replica, said.payload), "show")
+
+    def _is_news(self, replica: Replica, record: Record) -> bool:
+        return replica.live or record.timestamp >= self._started_wall - SHOW_AGAIN_NS
+
+    async def _show(self, replica: Replica, payload: bytes) -> None:
+        if not replica.leading:
+            await asyncio.sleep(STANDBY_SECONDS / 2)
+        await self._reader.show(decode_said_body(decode_said(payload).body))
+
+    async def _seal(self, replica: Replica, order: SealTokens) -> None:
+        """Until the cell has taken the statement, whoever made it."""
+        await self.started.wait()
+        pause = 0.1
+        if not replica.leading:
+            await asyncio.sleep(STANDBY_SECONDS)
+        while self._is_sealing(replica.cell, order):
+            try:
+                await seal(self.bus, self.subjects, order, self.me)
+                log.info("sealed", worker=order.worker, epoch=order.epoch, sequences=len(order.sequences))
+            except BusError as error:
+                log.warning("seal waits", worker=order.worker, epoch=order.epoch, reason=str(error))
+            await asyncio.sleep(pause)
+            pause = min(2.0, pause * 2)
+
+    @staticmethod
+    def _is_sealing(cell: Cell, order: SealTokens) -> bool:
+        actor = cell.actors.get(order.worker)
+        return actor is not None and order.epoch in cast(GpuState, actor.state).sealing
+
+    async def _tick(self, replica: Replica) -> None:
+        """Timers, watch and the ledger's fill, in small regular steps."""
+        loop = asyncio.get_running_loop()
+        measured = -10.0
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            if replica.live:
+                for actor, message_id, payload in self._timers.fired(
+                    replica.cell, self.bus.wall(), leading=replica.leading
+                ):
+                    self.tasks.spawn(self._fire(replica, actor, message_id, payload), "timer")
+            await self.watch.look(replica.cell.order, live=replica.live)
+            if loop.time() - measured >= 1.0:
+                measured = loop.time()
+                try:
+                    await self.intake.measure()
+                except BusError:
+                    continue
+
+    async def _fire(self, replica: Replica, actor: str, message_id: str, payload: bytes) -> None:
+        try:
+            await self.bus.ledger.append(
+                self.subjects.fact(actor, "timer.fired"), payload, message_id=message_id, publisher=self.me
+            )
+        except BusError:
+            fact, place = message_id.rsplit(".", 2)[1:]
+            self._timers.again(replica.cell, int(fact), int(place))

@@ -1,0 +1,326 @@
+"""The deciding half of one GPU worker: which models its device holds, which sequences it runs.
+
+    instance:  waiting (lease, room) ──▶ attaching ──▶ running ──▶ detaching ──▶ gone
+    sequence:  run ──▶ held ──finished, refused, failed──▶ gone
+                         └─ epoch closed ──▶ sealing ──sealed──▶ gone
+
+Rules
+* An epoch that closes takes everything with it: instances are gone, leases go back, and the sequences it held go on
+  elsewhere only after its token subject is sealed, because only then is it certain which positions are durable.
+* A model is attached after its lease is granted (it lies in DRAM) and after what had to make room is detached.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import msgspec
+
+from actors.actor import Actor, Unexpected
+from bus.messages import (
+    AddReader,
+    AttachFailed,
+    AttachModel,
+    CancelSequence,
+    CancelTaken,
+    DetachModel,
+    DriverLost,
+    InstanceFailed,
+    InstanceReady,
+    InstanceStopped,
+    LeaseGranted,
+    LeaseModel,
+    LeaseRefused,
+    LeaseReturned,
+    ModelAttached,
+    ModelDetached,
+    ProgressReported,
+    ReaderAdded,
+    RunSequence,
+    SealedSequence,
+    SealTokens,
+    SequenceEnded,
+    SequenceFailed,
+    SequenceFinished,
+    SequenceRefused,
+    SequenceRejected,
+    SequencesSealed,
+    ShowFrom,
+    Span,
+    StartInstance,
+    StartSequence,
+    StopInstance,
+    StopSequence,
+    Tier,
+    To,
+    WorkerGone,
+    WorkerReady,
+    WorkerStarted,
+)
+
+Reason = Literal["", "stop", "length", "cancelled", "deadline"]
+
+
+class Instance(msgspec.Struct):
+    """One model on this device. `evicting`: models that are detached first; `leased`: it lies in DRAM for us."""
+
+    slots: int
+    kv_bytes: int
+    context: int
+    status: Literal["waiting", "attaching", "running", "detaching"] = "waiting"
+    evicting: list[str] = []
+    leased: bool = False
+    digest: str = ""
+    tier: Tier = "ssd"
+
+
+class HeldSequence(msgspec.Struct):
+    """A sequence that the driver was told to run; `next` as last reported. Its pages stand behind page `after`."""
+
+    request: str
+    attempt: int
+    model: str
+    next: int
+    after: int = 0
+
+
+class Sealing(msgspec.Struct):
+    """A closed epoch whose token subject is not sealed yet. `parts`: which parts of the statement have come."""
+
+    sequences: dict[str, HeldSequence]
+    parts: dict[int, bool] = {}
+
+
+class GpuState(msgspec.Struct):
+    server: str = ""
+    epoch: int = 0
+    last_page: int = 0
+    started: WorkerStarted | None = None
+    instances: dict[str, Instance] = {}
+    sequences: dict[str, HeldSequence] = {}
+    sealing: dict[int, Sealing] = {}
+
+
+class Gpu(Actor):
+    """See the head of this file. Its name is that of its driver: `gpu/<server>/<index>`."""
+
+    State = GpuState
+    state: GpuState
+
+    # ---- the life of the driver -------------------------------------------------------------------------------
+
+    def on_WorkerStarted(self, message: WorkerStarted, now: int) -> list[To]:
+        if self.name != f"gpu/{message.server}/{message.index}":
+            raise Unexpected(f"{self.name} is not worker {message.index} of server {message.server}")
+        said = self._close()
+        self.state.server, self.state.epoch, self.state.started = message.server, message.sequence, message
+        ready = WorkerReady(self.name, message.server, message.memory_bytes, message.max_slots)
+        return [*said, To("placement", ready)]
+
+    def on_DriverLost(self, message: DriverLost, now: int) -> list[To]:
+        return self._close() if message.epoch == self.state.epoch else []
+
+    def _close(self) -> list[To]:
+        if not self.state.epoch:
+            return []
+        said: list[To] = []
+        if self.state.sequences:
+            after = min(held.after for held in self.state.sequences.values())
+            seal = SealTokens(self.name, self.state.epoch, tuple(self.state.sequences), after)
+            self.state.sealing[self.state.epoch] = Sealing(self.state.sequences, {})
+            self.state.sequences = {}
+            said.append(To("sealer", seal))
+        said.append(To("placement", WorkerGone(self.name)))
+        for model in self.state.instances:
+            said.append(To(self._store, LeaseReturned(self.name, model)))
+        self.state.instances = {}
+        self.state.epoch, self.state.started = 0, None
+        return said
+
+    def on_SequencesSealed(self, message: SequencesSealed, now: int) -> list[To]:
+        sealing = self.state.sealing.get(message.epoch)
+        if sealing is None or message.part in sealing.parts:
+            return []
+        sealing.parts[message.part] = True
+        said = []
+        for sealed in message.sequences:
+            held = sealing.sequences.pop(_key(sealed.request, sealed.attempt), None)
+            if held is not None:
+                said.append(To("requests", self._sealed(message, sealed)))
+        if len(sealing.parts) == message.parts:
+            for held in sealing.sequences.values():
+                said.append(To("requests", SequenceEnded(held.request, held.attempt, "")))
+            del self.state.sealing[message.epoch]
+        return said
+
+    def _sealed(self, message: SequencesSealed, sealed: SealedSequence) -> SequenceEnded:
+        span = None
+        if sealed.tokens:
+            span = Span(
+                worker=self.name,
+                epoch=message.epoch,
+                attempt=sealed.attempt,
+                first=sealed.first,
+                next=sealed.first + len(sealed.tokens),
+                first_page=sealed.first_page,
+                last_page=sealed.last_page,
+                sealed=message.sequence,
+            )
+        return SequenceEnded(sealed.request, sealed.attempt, cast(Reason, sealed.end), span, sealed.prompt_tokens)
+
+    # ---- instances --------------------------------------------------------------------------------------------
+
+    def on_StartInstance(self, message: StartInstance, now: int) -> list[To]:
+        if not self.state.epoch or message.model in self.state.instances:
+            reason = "the worker is not up" if not self.state.epoch else "the model is on this worker already"
+            return [To("placement", InstanceFailed(self.name, message.model, reason, retry=True))]
+        said = []
+        for model in message.evict:
+            said += self._detach(model)
+        self.state.instances[message.model] = Instance(
+            slots=message.slots, kv_bytes=message.kv_bytes, context=message.context, evicting=list(message.evict)
+        )
+        return [*said, To(self._store, LeaseModel(self.name, message.model))]
+
+    def on_StopInstance(self, message: StopInstance, now: int) -> list[To]:
+        return self._detach(message.model)
+
+    def _detach(self, model: str) -> list[To]:
+        instance = self.state.instances.get(model)
+        if instance is None or instance.status != "running":
+            raise Unexpected(f"{self.name} cannot stop {model}: it does not run here")
+        if any(held.model == model for held in self.state.sequences.values()):
+            raise Unexpected(f"{self.name} cannot stop {model}: sequences run on it")
+        instance.status = "detaching"
+        return [To(self._driver, DetachModel(model))]
+
+    def on_ModelDetached(self, message: ModelDetached, now: int) -> list[To]:
+        del self.state.instances[message.model]
+        said = [
+            To(self._store, LeaseReturned(self.name, message.model)),
+            To("placement", InstanceStopped(self.name, message.model)),
+        ]
+        for model, instance in self.state.instances.items():
+            if message.model in instance.evicting:
+                instance.evicting.remove(message.model)
+                said += self._attach(model, instance)
+        return said
+
+    def on_LeaseGranted(self, message: LeaseGranted, now: int) -> list[To]:
+        instance = self.state.instances.get(message.model)
+        if instance is None or instance.status != "waiting":
+            return [To(self._store, LeaseReturned(self.name, message.model))]
+        instance.leased, instance.digest, instance.tier = True, message.digest, message.tier
+        return self._attach(message.model, instance)
+
+    def on_LeaseRefused(self, message: LeaseRefused, now: int) -> list[To]:
+        if self.state.instances.pop(message.model, None) is None:
+            return []
+        return [To("placement", InstanceFailed(self.name, message.model, message.reason, message.retry))]
+
+    def _attach(self, model: str, instance: Instance) -> list[To]:
+        if instance.status != "waiting" or not instance.leased or instance.evicting:
+            return []
+        instance.status = "attaching"
+        attach = AttachModel(model, instance.digest, instance.slots, instance.kv_bytes, instance.context)
+        return [To(self._driver, attach)]
+
+    def on_ModelAttached(self, message: ModelAttached, now: int) -> list[To]:
+        instance = self.state.instances[message.model]
+        instance.status, instance.slots = "running", message.slots
+        ready = InstanceReady(self.name, message.model, message.slots, instance.tier, message.duration_ns)
+        return [To("placement", ready)]
+
+    def on_AttachFailed(self, message: AttachFailed, now: int) -> list[To]:
+        del self.state.instances[message.model]
+        return [
+            To(self._store, LeaseReturned(self.name, message.model)),
+            To("placement", InstanceFailed(self.name, message.model, message.reason, message.retry)),
+        ]
+
+    # ---- sequences --------------------------------------------------------------------------------------------
+
+    def on_RunSequence(self, message: RunSequence, now: int) -> list[To]:
+        instance = self.state.instances.get(message.model)
+        if instance is None or instance.status != "running":
+            reason = f"{message.model} does not run on {self.name}"
+            return [To("requests", SequenceRejected(message.request, message.attempt, reason, retry=True))]
+        held = HeldSequence(message.request, message.attempt, message.model, message.position, self.state.last_page)
+        self.state.sequences[_key(message.request, message.attempt)] = held
+        start = StartSequence(
+            request=message.request,
+            attempt=message.attempt,
+            model=message.model,
+            accepted=message.accepted,
+            position=message.position,
+            history=message.history,
+            replies=message.replies,
+        )
+        return [To(self._driver, start)]
+
+    def on_StopSequence(self, message: StopSequence, now: int) -> list[To]:
+        if _key(message.request, message.attempt) not in self.state.sequences:
+            return []
+        return [To(self._driver, CancelSequence(message.request, message.attempt, message.reason))]
+
+    def on_ShowFrom(self, message: ShowFrom, now: int) -> list[To]:
+        if _key(message.request, message.attempt) not in self.state.sequences:
+            return []
+        return [To(self._driver, AddReader(message.request, message.attempt, message.reply))]
+
+    def on_SequenceFinished(self, message: SequenceFinished, now: int) -> list[To]:
+        self._drop(message.request, message.attempt)
+        self.state.last_page = max(self.state.last_page, message.last_page)
+        span = self._span(message.attempt, message.first, message.next, message.first_page, message.last_page)
+        ended = SequenceEnded(
+            message.request, message.attempt, cast(Reason, message.reason), span, message.prompt_tokens
+        )
+        return [To("requests", ended)]
+
+    def on_SequenceRefused(self, message: SequenceRefused, now: int) -> list[To]:
+        self._drop(message.request, message.attempt)
+        return [To("requests", SequenceRejected(message.request, message.attempt, message.reason, retry=message.retry))]
+
+    def on_SequenceFailed(self, message: SequenceFailed, now: int) -> list[To]:
+        self._drop(message.request, message.attempt)
+        span = self._span(message.attempt, message.first, message.next, message.first_page, message.last_page)
+        rejected = SequenceRejected(
+            message.request, message.attempt, message.reason, code="engine_error", retry=True, span=span
+        )
+        return [To("requests", rejected)]
+
+    def on_CancelTaken(self, message: CancelTaken, now: int) -> list[To]:
+        return []
+
+    def on_ReaderAdded(self, message: ReaderAdded, now: int) -> list[To]:
+        return [] if message.found else [To("requests", message)]
+
+    def on_ProgressReported(self, message: ProgressReported, now: int) -> list[To]:
+        for progress in message.sequences:
+            held = self.state.sequences.get(_key(progress.request, progress.attempt))
+            if held is not None:
+                held.next = max(held.next, progress.next)
+        return []
+
+    # ---- what they have in common -----------------------------------------------------------------------------
+
+    @property
+    def _store(self) -> str:
+        return f"store/{self.state.server}"
+
+    @property
+    def _driver(self) -> str:
+        return f"driver/{self.name}"
+
+    def _drop(self, request: str, attempt: int) -> None:
+        if self.state.sequences.pop(_key(request, attempt), None) is None:
+            raise Unexpected(f"{self.name} holds no attempt {attempt} of request {request}")
+
+    def _span(self, attempt: int, first: int, following: int, first_page: int, last_page: int) -> Span | None:
+        if following <= first:
+            return None
+        return Span(self.name, self.state.epoch, attempt, first, following, first_page, last_page)
+
+
+def _key(request: str, attempt: int) -> str:
+    return f"{request}/{attempt}"

@@ -1,0 +1,340 @@
+"""Intake: what clients and operators say becomes facts, or one sentence that says why not.
+
+It validates, appends, and answers: `accepted` after the acknowledgement, `unknown` where an append was sent and stayed
+unanswered (the client repeats with the same key), `refused` where nothing was appended. What it knows of models and
+requests it reads from the replica beside it; that is for quick refusals only, the cell decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+import msgspec
+
+from actors.cell import Cell
+from actors.placement_state import PlacementState
+from actors.requests import RequestsState
+from actors.results import ResultsReader
+from bus.api import (
+    ParsedRequest,
+    Refusal,
+    encode_reply,
+    encoding_of,
+    parse_infer,
+    parse_model,
+    parse_request_id,
+    parse_resume,
+    reply_headers,
+)
+from bus.contract import Bus, BusError, Delivery, LogFull, NoAnswer
+from bus.messages import (
+    CancelRequested,
+    FactEnvelope,
+    Message,
+    ModelAdded,
+    ModelRemoved,
+    ReaderAttached,
+    RequestEnded,
+    encode,
+    kind_of,
+)
+from bus.replies import Result, Status, accepted, unknown
+from bus.subjects import Subjects, unescape_model
+from bus.tasks import Tasks
+
+QUEUE_GROUP = "intake"
+FULL_PERCENT = 80
+"""New requests are refused from this share of the ledger's limit on; the rest is for what must be said."""
+
+UNDERWAY_LIMIT = 2000
+"""Messages handled at once. What comes beyond that is refused at once: nothing piles up while the bus is away."""
+
+Answer = Status | Result | dict[str, Any] | list[Any] | None
+
+
+class Intake:
+    """Answers clients and operators of one cell; one queue group over all controls."""
+
+    def __init__(
+        self, bus: Bus, subjects: Subjects, me: str, cell: Callable[[], Cell], live: Callable[[], bool]
+    ) -> None:
+        self._bus = bus
+        self._subjects = subjects
+        self._me = me
+        self._cell = cell
+        self._live = live
+        self._results = ResultsReader(bus, subjects)
+        self._full = False
+        self.counts: dict[str, int] = {"requests": 0, "errors": 0}
+        self._verbs: dict[str, Callable[[Delivery], Awaitable[Answer]]] = {
+            "infer": self._infer,
+            "cancel": self._cancel,
+            "resume": self._resume,
+            "result": self._result,
+            "admin": self._admin,
+        }
+
+    @property
+    def verbs(self) -> list[str]:
+        return list(self._verbs)
+
+    async def serve(self, verb: str, tasks: Tasks) -> None:
+        """Take messages of one verb for ever; each is handled in a task of its own."""
+        subscription = await self._bus.subscribe(self._subjects.every(verb), queue=QUEUE_GROUP)
+        try:
+            while True:
+                delivery = await subscription.next()
+                if tasks.brief >= UNDERWAY_LIMIT:
+                    busy = Refusal("not_ready", f"{UNDERWAY_LIMIT} messages are being handled already", retry_ms=1000)
+                    await self._reply(delivery, busy.status(), busy.headers())
+                    continue
+                tasks.spawn(self._handle(self._verbs[verb], delivery), f"intake {verb}")
+        finally:
+            await subscription.close()
+
+    async def measure(self) -> None:
+        """Look how full the ledger is. Call it about once a second."""
+        usage = await self._bus.ledger.usage()
+        self._full = usage.limit_bytes > 0 and usage.stored_bytes * 100 >= usage.limit_bytes * FULL_PERCENT
+
+    async def _handle(self, verb: Callable[[Delivery], Awaitable[Answer]], delivery: Delivery) -> None:
+        self.counts["requests"] += 1
+        try:
+            answer = await verb(delivery)
+            if answer is not None:
+                await self._reply(delivery, answer, {})
+        except Refusal as refusal:
+            self.counts["errors"] += 1
+            await self._reply(delivery, refusal.status(), refusal.headers())
+        except BusError:
+            self.counts["errors"] += 1
+
+    async def _reply(self, delivery: Delivery, answer: Answer, headers: dict[str, str]) -> None:
+        if not delivery.reply:
+            return
+        try:
+            encoding = encoding_of(delivery.headers.get("Content-Type"))
+        except Refusal:
+            encoding = "json"
+        payload = encode_reply(cast(Any, answer), encoding)
+        try:
+            await self._bus.publish(delivery.reply, payload, headers=(headers | reply_headers(encoding)) or None)
+        except BusError:
+            return
+
+    # ---- requests ---------------------------------------------------------------------------------------------
+
+    async def _infer(self, delivery: Delivery) -> Answer:
+        parsed = self.parse(delivery.subject, delivery.payload, delivery.headers)
+        if not delivery.reply:
+            raise Refusal("bad_request", "infer needs a reply subject; use submit to read the result later")
+        return await self.accept(parsed, delivery.reply)
+
+    def parse(self, subject: str, payload: bytes, headers: dict[str, str], *, default_key: str = "") -> ParsedRequest:
+        """A valid request for a model that this cell knows. Raises `Refusal`."""
+        token = self._subjects.last_token(subject)
+        try:
+            model = unescape_model(token)
+        except (ValueError, UnicodeDecodeError):
+            raise Refusal("unknown_model", f"{token[:80]!r} is not a model's name as a subject token") from None
+        parsed = parse_infer(payload, headers.get("Content-Type"), model, default_key=default_key)
+        if not self._live():
+            raise Refusal("not_ready", "this control is still reading the ledger", retry_ms=1000)
+        placement = self._placement()
+        known = placement.models.get(model)
+        if known is None or known.removed:
+            have = ", ".join(sorted(name for name, one in placement.models.items() if not one.removed)) or "none"
+            raise Refusal("unknown_model", f"no model {model!r} in this cell; it has: {have[:500]}")
+        card, generation = known.card, parsed.accepted.generation
+        if generation.max_tokens > card.context:
+            raise Refusal(
+                "bad_request",
+                f"max_tokens must be at most {card.context}, the context of {model}, got {generation.max_tokens}",
+            )
+        if generation.tokens is not None:
+            if len(generation.tokens) >= card.context:
+                size = len(generation.tokens)
+                raise Refusal("bad_request", f"the prompt has {size} tokens, the context of {model} is {card.context}")
+            wrong = next((token for token in generation.tokens if token >= card.vocabulary), None)
+            if wrong is not None:
+                raise Refusal(
+                    "bad_request", f"token id {wrong} is outside of {model}'s vocabulary of {card.vocabulary}"
+                )
+        if generation.messages is not None and not card.chat:
+            raise Refusal("bad_request", f"{model} has no chat template: send a prompt instead of messages")
+        return parsed
+
+    async def accept(self, parsed: ParsedRequest, reply: str) -> Status:
+        """Append an accepted request. Raises `Refusal` where the cell has no room."""
+        known = parsed.request in self._requests().requests
+        placement = self._placement()
+        limit = placement.configuration.queue_limit
+        if not known and placement.waiting >= limit:
+            model = placement.models.get(parsed.accepted.model)
+            retry_ms = placement.retry_ms(model) if model is not None else 1000
+            waiting = f"{placement.waiting} requests wait already (the limit is {limit})"
+            raise Refusal("queue_full", f"{waiting}; try again in {retry_ms} ms", retry_ms=retry_ms)
+        if not known and self._full:
+            full = f"the ledger is filled to {FULL_PERCENT} % of its limit"
+            raise Refusal("ledger_full", f"{full}: no new requests until an operator makes room", retry_ms=60_000)
+        fact = parsed.fact(reply)
+        mark = hashlib.blake2b(f"{reply} {parsed.start}".encode(), digest_size=8).hexdigest()
+        try:
+            await self.state("requests", fact, f"fact.intake.{parsed.request}.{mark}")
+        except NoAnswer:
+            return unknown(parsed.request, "the ledger did not answer in time: repeat with the same key", retry_ms=1000)
+        except LogFull:
+            raise Refusal("ledger_full", "the ledger is full: no new requests until an operator makes room") from None
+        return accepted(parsed.request)
+
+    async def state(self, actor: str, message: Message, message_id: str) -> None:
+        """Append a fact under intake's name."""
+        payload = encode(FactEnvelope("intake", msgspec.Raw(encode(message))))
+        subject = self._subjects.fact(actor, kind_of(message))
+        await self._bus.ledger.append(subject, payload, message_id=message_id, publisher=self._me)
+
+    async def _cancel(self, delivery: Delivery) -> Answer:
+        request = await self._known(delivery)
+        if self._requests().requests[request].status != "ended":
+            await self._stated("requests", CancelRequested(request), f"fact.intake.cancel.{request}")
+        return accepted(request)
+
+    async def _resume(self, delivery: Delivery) -> Answer:
+        request = await self._known(delivery)
+        parsed = parse_resume(delivery.payload, delivery.headers.get("Content-Type"))
+        if not delivery.reply:
+            raise Refusal("bad_request", "resume needs a reply subject")
+        await self._stated("requests", ReaderAttached(request, parsed.reply_to(delivery.reply)), "")
+        return accepted(request)
+
+    async def _stated(self, actor: str, message: Message, message_id: str) -> None:
+        try:
+            await self.state(actor, message, message_id)
+        except NoAnswer:
+            raise Refusal("not_ready", "the ledger did not answer in time: try again", retry_ms=1000) from None
+
+    async def _result(self, delivery: Delivery) -> Answer:
+        name = await self._known(delivery)
+        request = self._requests().requests[name]
+        if request.status != "ended":
+            return Result("running", name, positions=request.position)
+        ended = RequestEnded(
+            request=name,
+            model=request.model,
+            outcome=cast(Any, request.outcome),
+            positions=request.position,
+            end=cast(Any, request.end),
+            code=request.code,
+            reason=request.reason,
+            retry_ms=request.retry_ms,
+            spans=tuple(request.spans),
+            prompt_tokens=request.prompt_tokens,
+        )
+        return await self._results.result(ended)
+
+    async def _known(self, delivery: Delivery) -> str:
+        """The request that a subject names. Another control may just have accepted it: what is unknown gets a look."""
+        request = parse_request_id(self._subjects.last_token(delivery.subject))
+        if not self._live():
+            raise Refusal("not_ready", "this control is still reading the ledger", retry_ms=1000)
+        if request not in self._requests().requests:
+            await self._catch_up()
+        state = self._requests()
+        if request not in state.requests:
+            kept = state.configuration.retention_ms // 1000
+            raise Refusal("unknown_request", f"no request {request} is known here; ended ones are kept for {kept} s")
+        return request
+
+    async def _catch_up(self) -> None:
+        """Until this replica has read what stands in the ledger now, at most a second."""
+        end = (await self._bus.ledger.usage()).last_sequence
+        for _ in range(200):
+            if self._cell().position >= end:
+                return
+            await asyncio.sleep(0.005)
+
+    # ---- operators --------------------------------------------------------------------------------------------
+
+    async def _admin(self, delivery: Delivery) -> Answer:
+        verb = self._subjects.last_token(delivery.subject)
+        if verb == "models":
+            return self._models()
+        if verb == "status":
+            return self._status()
+        if verb not in ("model.add", "model.remove"):
+            raise Refusal("bad_request", f"unknown verb {verb[:80]!r}: use models, status, model.add or model.remove")
+        model = parse_model(delivery.payload, delivery.headers.get("Content-Type"))
+        if verb == "model.remove" and model not in self._placement().models:
+            raise Refusal("unknown_model", f"no model {model!r} in this cell")
+        message: Message = ModelAdded(model) if verb == "model.add" else ModelRemoved(model)
+        await self._stated("placement", message, "")
+        return accepted("")
+
+    def _models(self) -> list[Any]:
+        return [
+            {
+                "model": name,
+                "servers": dict(model.servers),
+                "instances": list(model.instances),
+                "removed": model.removed,
+                **msgspec.to_builtins(model.card),
+            }
+            for name, model in self._placement().models.items()
+        ]
+
+    def _status(self) -> dict[str, Any]:
+        cell, placement, requests = self._cell(), self._placement(), self._requests()
+        counts: dict[str, int] = {}
+        for request in requests.requests.values():
+            key = request.outcome or request.status
+            counts[key] = counts.get(key, 0) + 1
+        epochs = {name: epoch.epoch for name, epoch in cell.order.state.drivers.items()}
+        workers = {}
+        for name, worker in placement.workers.items():
+            started = getattr(cell.actors[name].state, "started", None) if name in cell.actors else None
+            workers[name] = {
+                "server": worker.server,
+                "epoch": epochs.get(name, 0),
+                "process": started.process if started is not None else 0,
+                "device": started.device if started is not None else "",
+                "memory_bytes": worker.memory_bytes,
+                "free_bytes": max(0, worker.free()),
+                "instances": {
+                    model: {"status": one.status, "slots": one.slots, "active": len(one.active), "tier": one.tier}
+                    for model, one in worker.instances.items()
+                },
+            }
+        servers = {
+            name: {
+                "up": server.up,
+                "epoch": epochs.get(f"store/{name}", 0),
+                "dram_bytes": server.dram_bytes,
+                "ssd_bytes_per_second": server.ssd_rate,
+                "models": {m: known.servers[name] for m, known in placement.models.items() if name in known.servers},
+            }
+            for name, server in placement.servers.items()
+        }
+        return {
+            "cell": self._subjects.cell,
+            "position": cell.position,
+            "rules": cell.rules,
+            "live": self._live(),
+            "requests": counts,
+            "waiting": placement.waiting,
+            "servers": servers,
+            "workers": workers,
+            "models": [model["model"] for model in self._models() if not model["removed"]],
+        }
+
+    # ---- what the replica knows -------------------------------------------------------------------------------
+
+    def _requests(self) -> RequestsState:
+        actor = self._cell().actors.get("requests")
+        return cast(RequestsState, actor.state) if actor is not None else RequestsState()
+
+    def _placement(self) -> PlacementState:
+        actor = self._cell().actors.get("placement")
+        return cast(PlacementState, actor.state) if actor is not None else PlacementState()

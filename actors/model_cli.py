@@ -1,0 +1,196 @@
+"""`longshore model add | list | rm`: which models a cell has. What is heavy is imported inside the functions."""
+
+from __future__ import annotations
+
+import asyncio
+import json as json_module
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from actors.cli import DEFAULT_DATA, DataOption
+from bus.contract import BusError
+from bus.errors import UserError
+from bus.options import DEFAULT_CELL, DEFAULT_NATS, CellOption, Failure, JsonOption, NatsOption, connected
+from bus.subjects import MODEL_NAME_LIMIT, escape_model
+
+if TYPE_CHECKING:
+    from bus.client import Client
+
+KNOWN_SECONDS = 15.0
+GONE_SECONDS = 30.0
+
+ModelArgument = Annotated[str, typer.Argument(metavar="NAME", help="The model's name in the cell.")]
+
+
+def _check_name(name: str) -> str:
+    if (
+        not 1 <= len(name) <= MODEL_NAME_LIMIT
+        or any(not c.isprintable() for c in name)
+        or len(escape_model(name)) > 200
+    ):
+        raise UserError(f"{name!r} is no name of a model: use 1 to {MODEL_NAME_LIMIT} printable characters")
+    return name
+
+
+async def add(
+    name: ModelArgument,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint in Hugging Face layout.")],
+    data: DataOption = DEFAULT_DATA,
+    nats: NatsOption = DEFAULT_NATS,
+    cell: CellOption = DEFAULT_CELL,
+    json: JsonOption = False,
+) -> None:
+    """Pack a checkpoint into the data directory and tell the cell, if one runs.
+
+    All or nothing: an interrupted add leaves what was there before.
+
+    Example: longshore model add llama-a ./samples/llama-a
+    """
+    from loaders import pack_checkpoint
+
+    _check_name(name)
+    destination = data / "models" / escape_model(name)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the data directory {data} cannot be used: {error.strerror}; name another with --data"
+        ) from None
+    manifest = await asyncio.to_thread(pack_checkpoint, directory, destination, progress=_progress(name, json))
+    told = await _tell(nats, cell, name, manifest.digest)
+    if json:
+        print(json_module.dumps({"model": name, "bytes": manifest.bytes, "digest": manifest.digest, "served": told}))
+    else:
+        where = f"cell {cell} serves it" if told else f"no cell {cell} at {nats}: it is found when one starts on {data}"
+        millions = manifest.parameters / 1e6
+        print(f"packed {name}: {manifest.architecture}, {millions:.1f} million parameters, {manifest.dtype}; {where}")
+
+
+def _progress(name: str, hidden: bool) -> Callable[[int, int], None] | None:
+    """A bar on stderr for people at a terminal; nothing for programs."""
+    import sys
+
+    if hidden or not sys.stderr.isatty():
+        return None
+    from rich.progress import Progress
+
+    bar = Progress(transient=True)
+    task = bar.add_task(f"packing {name}", total=None)
+    bar.start()
+
+    def report(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        if done >= total:
+            bar.stop()
+
+    return report
+
+
+async def _tell(nats: str, cell: str, name: str, digest: str) -> bool:
+    """Whether a running cell knows these very bytes now; False where no cell runs."""
+    from bus.client import Client
+
+    try:
+        async with connected(nats, cell) as bus:
+            client = Client(bus, cell)
+            await client.add_model(name)
+            if await _until(
+                client, lambda models: any(m["model"] == name and m["digest"] == digest for m in models), 10.0
+            ):
+                return True
+            raise Failure(
+                f"the cell did not find {name}: its nodes look in the models directory of their own --data; "
+                "pack it there, or start a node with this --data"
+            )
+    except (Failure, BusError) as error:
+        if "did not find" in str(error):
+            raise
+        return False
+    except Exception as error:
+        from bus.answer import RequestFailed
+
+        if isinstance(error, RequestFailed):
+            return False
+        raise
+
+
+async def _until(client: Client, reached: Callable[[list[dict[str, Any]]], bool], seconds: float) -> bool:
+    loop = asyncio.get_running_loop()
+    limit = loop.time() + seconds
+    while not reached(await client.models()):
+        if loop.time() > limit:
+            return False
+        await asyncio.sleep(0.1)
+    return True
+
+
+async def list_models(
+    nats: NatsOption = DEFAULT_NATS,
+    cell: CellOption = DEFAULT_CELL,
+    json: JsonOption = False,
+) -> None:
+    """Show the models of a running cell, and where each lies.
+
+    Example: longshore model list --json
+    """
+    from bus.client import Client
+
+    async with connected(nats, cell) as bus:
+        models = [model for model in await Client(bus, cell).models() if not model["removed"]]
+    if json:
+        print(json_module.dumps(models))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from actors.sizes import show_size
+
+    table = Table("model", "architecture", "size", "context", "tiers", "running on")
+    for model in models:
+        tiers = ", ".join(f"{server} {tier}" for server, tier in model["servers"].items())
+        architecture = model.get("architecture", "")
+        running = ", ".join(model["instances"]) or "-"
+        size = show_size(model["weight_bytes"])
+        table.add_row(model["model"], architecture, size, str(model["context"]), tiers, running)
+    Console().print(table)
+
+
+async def remove(
+    name: ModelArgument,
+    data: DataOption = DEFAULT_DATA,
+    nats: NatsOption = DEFAULT_NATS,
+    cell: CellOption = DEFAULT_CELL,
+    json: JsonOption = False,
+) -> None:
+    """Remove a model: no new requests, running ones finish, then its packed files are deleted.
+
+    Example: longshore model rm llama-a
+    """
+    from bus.answer import RequestFailed
+    from bus.client import Client
+
+    _check_name(name)
+    gone = False
+    try:
+        async with connected(nats, cell) as bus:
+            client = Client(bus, cell)
+            await client.remove_model(name)
+            gone = await _until(client, lambda models: all(m["model"] != name for m in models), GONE_SECONDS)
+    except RequestFailed as failure:
+        if failure.code == "unknown_model":
+            raise UserError(failure.message) from None
+        raise Failure(failure.message) from None
+    except Failure:
+        packed = data / "models" / escape_model(name)
+        if not packed.is_dir():
+            raise UserError(f"no cell answers at {nats}, and there is no packed model {name!r} in {data}") from None
+        await asyncio.to_thread(shutil.rmtree, packed)
+        gone = True
+    if json:
+        print(json_module.dumps({"model": name, "removed": gone}))
+    else:
+        print(f"removed {name}" if gone else f"{name} takes no new requests and goes as soon as its running ones end")

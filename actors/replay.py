@@ -1,0 +1,84 @@
+"""Replay: the cell over recorded facts, every recorded message held against what this code computes.
+
+The same step, order and comparison as in a replica (actors.readback), with a recording as the source and nothing to
+publish. Needs neither NATS nor torch nor models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from actors.cell import Cell
+from actors.readback import Difference, Readback, accepted_differences
+from bus.contract import Record
+
+
+GRACE_SECONDS = 1.0
+"""How late an output may stand in the ledger, by its own timestamps, before it counts as missing."""
+
+
+class Verdict(msgspec.Struct):
+    """What a replay found. `pending`: outputs of the last facts that the recording ends before."""
+
+    cell: str
+    facts: int
+    verified: int
+    pending: int
+    last_sequence: int
+    digest: str
+    difference: dict[str, Any] | None = None
+    sentence: str = ""
+
+
+def verify(cell_name: str, records: Iterable[Record], *, accepted: frozenset[tuple[int, int]] = frozenset()) -> Verdict:
+    """Run all records and compare every derived message; the first difference ends it.
+
+    An output that stays missing is a difference; one that was computed within the last `GRACE_SECONDS` of the
+    recording is `pending`: the recording ended before it was written.
+    """
+    readback = Readback(Cell(cell_name), accepted)
+    newest = 0.0
+    try:
+        for record in records:
+            newest = record.timestamp / 1e9
+            readback.take(record, newest)
+        for (fact, place), expected in readback.expected.items():
+            if newest - expected.since > GRACE_SECONDS:
+                kind = expected.said.subject.split(".", 5)[-1]
+                raise Difference(fact, fact, place, kind, "index", "no such message", "one was computed")
+    except Difference as found:
+        return _verdict(cell_name, readback, found)
+    return _verdict(cell_name, readback, None)
+
+
+def collect_accepted(records: Iterable[Record]) -> frozenset[tuple[int, int]]:
+    """Every difference that an operator has accepted anywhere in these records."""
+    found = (accepted_differences(record) for record in records)
+    return frozenset(key for key in found if key is not None)
+
+
+def state_at(cell_name: str, records: Iterable[Record], sequence: int) -> Cell:
+    """The cell after everything up to and including this ledger sequence."""
+    cell = Cell(cell_name)
+    for record in records:
+        if record.sequence > sequence:
+            break
+        cell.take(record)
+    return cell
+
+
+def _verdict(cell_name: str, readback: Readback, found: Difference | None) -> Verdict:
+    cell = readback.cell
+    return Verdict(
+        cell=cell_name,
+        facts=cell.facts,
+        verified=readback.verified,
+        pending=len(readback.expected),
+        last_sequence=readback.position,
+        digest=cell.digest(),
+        difference=found.as_dict() if found is not None else None,
+        sentence=str(found) if found is not None else "",
+    )

@@ -1,0 +1,316 @@
+"""The actor that owns requests: from the accepted fact to the one end, over as many attempts as it takes.
+
+    accepted > queued ──placed──▶ running ──finished──▶ ended
+                  ▲                  │ sealed (worker died), rejected with retry
+                  └──────────────────┘ next attempt, from the first position that is not durable
+
+Rules
+* A request ends exactly once. While a worker holds it (running), only that worker's fact or the seal of its epoch
+  ends it: cancel and deadline are effects then. While it is queued, this actor ends it at once.
+* An attempt ends at a position; the next one starts there. What lies before is cited (spans), never copied.
+* A repeated acceptance under the same id adds a reader; under another body it is refused.
+* Whoever is told of an end that no worker shows is shown the durable positions with it.
+* Ended requests are kept for `retention_ms`, then forgotten; one timer serves them all.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from actors.actor import Actor
+from bus.messages import (
+    CancelRequested,
+    PlacementRefused,
+    PlaceRequest,
+    ReaderAdded,
+    ReaderAttached,
+    ReaderRefused,
+    ReplyTo,
+    RequestAccepted,
+    RequestEnded,
+    RequestPlaced,
+    RequestsConfigured,
+    RunSequence,
+    SequenceEnded,
+    SequenceRejected,
+    SetTimer,
+    ShowFrom,
+    ShowPositions,
+    SlotReleased,
+    Span,
+    StopSequence,
+    TimerFired,
+    To,
+    body_digest,
+)
+
+REPLIES_LIMIT = 64
+"""Readers of one request at a time; the oldest makes room."""
+
+RETENTION = "retention"
+MILLISECOND = 1_000_000
+
+
+class Request(msgspec.Struct):
+    """One request. `position` is the first position that is not known to be durable."""
+
+    model: str
+    client: str
+    key: str
+    body: str
+    accepted: int
+    accepted_at: int
+    status: Literal["queued", "running", "ended"] = "queued"
+    attempt: int = 1
+    worker: str = ""
+    position: int = 0
+    deaths: int = 0
+    stopping: str = ""
+    replies: list[ReplyTo] = []
+    spans: list[Span] = []
+    prompt_tokens: int = 0
+    outcome: str = ""
+    end: str = ""
+    code: str = ""
+    reason: str = ""
+    retry_ms: int = 0
+    ended_at: int = 0
+
+
+class RequestsState(msgspec.Struct):
+    requests: dict[str, Request] = {}
+    ended: dict[str, int] = {}
+    retention_timer: bool = False
+    configuration: RequestsConfigured = RequestsConfigured()
+
+
+class Requests(Actor):
+    """See the head of this file. `state.requests` is keyed by request id; `state.ended` by id in order of ending."""
+
+    State = RequestsState
+    state: RequestsState
+
+    # ---- from intake ------------------------------------------------------------------------------------------
+
+    def on_RequestAccepted(self, message: RequestAccepted, now: int) -> list[To]:
+        body = body_digest(message.generation, message.model)
+        known = self.state.requests.get(message.request)
+        if known is not None:
+            if message.reply is None:
+                return []
+            if known.body != body:
+                reason = f"the key {message.key!r} of client {message.client!r} was used for another request before"
+                return [To("reader", ReaderRefused(message.request, message.reply, "key_reused", reason))]
+            return self._show(message.request, known, message.reply)
+        request = Request(
+            model=message.model,
+            client=message.client,
+            key=message.key,
+            body=body,
+            accepted=message.sequence,
+            accepted_at=now,
+            replies=[message.reply] if message.reply else [],
+            spans=[],
+        )
+        self.state.requests[message.request] = request
+        said = [To("placement", PlaceRequest(message.request, 1, message.model, message.sequence))]
+        if message.deadline_ms:
+            said.append(To("timer", SetTimer(now + message.deadline_ms * MILLISECOND, message.request)))
+        return said
+
+    def on_ReaderAttached(self, message: ReaderAttached, now: int) -> list[To]:
+        request = self.state.requests.get(message.request)
+        if request is None:
+            kept = self.state.configuration.retention_ms // 1000
+            reason = f"no request {message.request} is known here; ended ones are kept for {kept} s"
+            return [To("reader", ReaderRefused(message.request, message.reply, "unknown_request", reason))]
+        return self._show(message.request, request, message.reply)
+
+    def on_CancelRequested(self, message: CancelRequested, now: int) -> list[To]:
+        return self._stop(message.request, "cancelled", now)
+
+    def on_RequestsConfigured(self, message: RequestsConfigured, now: int) -> list[To]:
+        self.state.configuration = message
+        return []
+
+    def on_TimerFired(self, message: TimerFired, now: int) -> list[To]:
+        if message.about != RETENTION:
+            return self._stop(message.about, "deadline", now)
+        self.state.retention_timer = False
+        limit = now - self.state.configuration.retention_ms * MILLISECOND
+        for name, ended_at in list(self.state.ended.items()):
+            if ended_at > limit:
+                break
+            del self.state.ended[name]
+            del self.state.requests[name]
+        return self._arm_retention()
+
+    # ---- from placement ---------------------------------------------------------------------------------------
+
+    def on_RequestPlaced(self, message: RequestPlaced, now: int) -> list[To]:
+        request = self.state.requests.get(message.request)
+        if request is None or request.status != "queued" or request.attempt != message.attempt:
+            model = request.model if request is not None else "?"
+            return [To("placement", SlotReleased(message.request, message.attempt, model))]
+        request.status, request.worker = "running", message.worker
+        run = RunSequence(
+            request=message.request,
+            attempt=request.attempt,
+            model=request.model,
+            accepted=request.accepted,
+            position=request.position,
+            history=tuple(request.spans),
+            replies=tuple(request.replies),
+        )
+        return [To(message.worker, run)]
+
+    def on_PlacementRefused(self, message: PlacementRefused, now: int) -> list[To]:
+        request = self.state.requests.get(message.request)
+        if request is None or request.status != "queued" or request.attempt != message.attempt:
+            return []
+        return self._end(
+            message.request, request, now, "failed", code=message.code, reason=message.reason, retry_ms=message.retry_ms
+        )
+
+    # ---- from workers -----------------------------------------------------------------------------------------
+
+    def on_SequenceEnded(self, message: SequenceEnded, now: int) -> list[To]:
+        request = self._running(message.request, message.attempt)
+        if request is None:
+            return []
+        request.prompt_tokens = message.prompt_tokens or request.prompt_tokens
+        said = self._advance(message.request, request, message.span)
+        sealed = message.span is not None and message.span.sealed > 0
+        if message.reason in ("stop", "length"):
+            released = To("placement", SlotReleased(message.request, message.attempt, request.model))
+            end: Literal["stop", "length"] = "stop" if message.reason == "stop" else "length"
+            return [*self._end(message.request, request, now, "finished", end=end, shown=not sealed), released]
+        if message.reason in ("cancelled", "deadline"):
+            released = To("placement", SlotReleased(message.request, message.attempt, request.model))
+            stopped: Literal["cancelled", "deadline"] = "cancelled" if message.reason == "cancelled" else "deadline"
+            return [*self._end(message.request, request, now, stopped, shown=not sealed), released]
+        request.deaths += 1
+        if request.stopping:
+            stopping: Literal["cancelled", "deadline"] = "cancelled" if request.stopping == "cancelled" else "deadline"
+            return self._end(message.request, request, now, stopping)
+        if request.deaths >= self.state.configuration.deaths_limit:
+            reason = f"{request.deaths} workers died while they held this request"
+            return self._end(message.request, request, now, "quarantined", code="quarantined", reason=reason)
+        return [*said, *self._again(message.request, request)]
+
+    def on_SequenceRejected(self, message: SequenceRejected, now: int) -> list[To]:
+        request = self._running(message.request, message.attempt)
+        if request is None:
+            return []
+        released = To("placement", SlotReleased(message.request, message.attempt, request.model))
+        said = self._advance(message.request, request, message.span)
+        if not message.retry:
+            ended = self._end(message.request, request, now, "failed", code=message.code, reason=message.reason)
+            return [*ended, released]
+        request.deaths += 1
+        if request.deaths >= self.state.configuration.deaths_limit:
+            reason = f"{request.deaths} workers gave this request up, the last one because {message.reason}"[:4000]
+            ended = self._end(message.request, request, now, "quarantined", code="quarantined", reason=reason)
+            return [*ended, released]
+        return [released, *said, *self._again(message.request, request)]
+
+    def on_ReaderAdded(self, message: ReaderAdded, now: int) -> list[To]:
+        """The worker no longer had the sequence when the reader came: show it what is durable by now."""
+        request = self.state.requests.get(message.request)
+        if message.found or request is None:
+            return []
+        return self._show(message.request, request, message.reply)
+
+    # ---- what they have in common -----------------------------------------------------------------------------
+
+    def _running(self, name: str, attempt: int) -> Request | None:
+        request = self.state.requests.get(name)
+        if request is None or request.status != "running" or request.attempt != attempt:
+            return None
+        return request
+
+    def _advance(self, name: str, request: Request, span: Span | None) -> list[To]:
+        """Note durable positions; what a dead worker may not have shown is shown again."""
+        if span is None or span.next <= span.first:
+            return []
+        request.spans.append(span)
+        request.position = span.next
+        if not span.sealed or not request.replies:
+            return []
+        return [To("reader", ShowPositions(name, request.model, tuple(request.replies), (span,)))]
+
+    def _again(self, name: str, request: Request) -> list[To]:
+        request.status, request.worker = "queued", ""
+        request.attempt += 1
+        return [To("placement", PlaceRequest(name, request.attempt, request.model, request.accepted))]
+
+    def _stop(self, name: str, reason: Literal["cancelled", "deadline"], now: int) -> list[To]:
+        request = self.state.requests.get(name)
+        if request is None or request.status == "ended" or request.stopping:
+            return []
+        if request.status == "queued":
+            released = To("placement", SlotReleased(name, request.attempt, request.model))
+            return [*self._end(name, request, now, reason), released]
+        request.stopping = reason
+        return [To(request.worker, StopSequence(name, request.attempt, reason))]
+
+    def _show(self, name: str, request: Request, reply: ReplyTo) -> list[To]:
+        """Show a request to a reader from `reply.start` on, wherever its positions are."""
+        if request.status == "ended":
+            return [To("reader", self._ended(name, request, replies=(reply,), shown=False))]
+        request.replies = [known for known in request.replies if known.subject != reply.subject]
+        request.replies.append(reply)
+        del request.replies[:-REPLIES_LIMIT]
+        if request.status == "running":
+            return [To(request.worker, ShowFrom(name, request.attempt, reply))]
+        if request.spans and not reply.single:
+            return [To("reader", ShowPositions(name, request.model, (reply,), tuple(request.spans)))]
+        return []
+
+    def _end(
+        self,
+        name: str,
+        request: Request,
+        now: int,
+        outcome: Literal["finished", "failed", "cancelled", "deadline", "quarantined"],
+        *,
+        end: Literal["", "stop", "length"] = "",
+        code: str = "",
+        reason: str = "",
+        retry_ms: int = 0,
+        shown: bool = False,
+    ) -> list[To]:
+        request.status, request.worker, request.ended_at = "ended", "", now
+        request.outcome, request.end, request.code, request.reason = outcome, end, code, reason
+        request.retry_ms = retry_ms
+        self.state.ended[name] = now
+        replies = tuple(request.replies)
+        request.replies = []
+        return [To("reader", self._ended(name, request, replies=replies, shown=shown)), *self._arm_retention()]
+
+    def _ended(self, name: str, request: Request, *, replies: tuple[ReplyTo, ...], shown: bool) -> RequestEnded:
+        return RequestEnded(
+            request=name,
+            model=request.model,
+            outcome=request.outcome,  # type: ignore[arg-type]
+            positions=request.position,
+            end=request.end,  # type: ignore[arg-type]
+            code=request.code,
+            reason=request.reason,
+            retry_ms=request.retry_ms,
+            shown=shown,
+            replies=() if shown else replies,
+            spans=() if shown or not replies else tuple(request.spans),
+            prompt_tokens=request.prompt_tokens,
+            attempts=request.attempt,
+            elapsed_ns=max(0, request.ended_at - request.accepted_at),
+        )
+
+    def _arm_retention(self) -> list[To]:
+        if self.state.retention_timer or not self.state.ended:
+            return []
+        self.state.retention_timer = True
+        oldest = next(iter(self.state.ended.values()))
+        return [To("timer", SetTimer(oldest + self.state.configuration.retention_ms * MILLISECOND, RETENTION))]

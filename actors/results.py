@@ -1,0 +1,185 @@
+"""The reader of control: shows positions that no worker shows, from the durable pages.
+
+It serves ends that no worker's page carries (failed, cancelled in the queue, found by a seal), positions that a dead
+worker may not have shown, and readers that come back. Everything is read from TOKENS by the spans that the cell cites.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+from bus.contract import Bus, BusError
+from bus.messages import Message, ReaderRefused, ReplyTo, RequestEnded, ShowPositions, Span
+from bus.pages import Page, decode_page
+from bus.replies import (
+    Chunk,
+    ChunkEnd,
+    ErrorBody,
+    Refusal,
+    Result,
+    TokenCounts,
+    chunk_of,
+    encode_chunk,
+    encode_reply,
+    reply_headers,
+)
+from bus.subjects import Subjects
+
+PAGE_SECONDS = 2.0
+"""How long to wait for the next page of a span: they are all durable, so longer means that they are gone."""
+
+CHUNK_TOKENS = 512
+
+
+class PagesGone(Exception):
+    """Pages that should be there are not: they are older than the retention of TOKENS."""
+
+
+async def read_span(bus: Bus, subjects: Subjects, request: str, span: Span) -> list[tuple[int, int, str]]:
+    """(position, token, text) of one attempt, in order. Raises `PagesGone`."""
+    found: dict[int, tuple[int, str]] = {}
+    reader = await bus.tokens.read([subjects.tokens(span.worker, span.epoch)], start=span.first_page)
+    try:
+        at = 0
+        while at < span.last_page:
+            for record in await asyncio.wait_for(reader.batch(), PAGE_SECONDS):
+                at = record.sequence
+                if at > span.last_page:
+                    break
+                page = decode_page(record.payload)
+                for sequence in page.sequences if isinstance(page, Page) else ():
+                    if sequence.request == request and sequence.attempt == span.attempt:
+                        for offset, token in enumerate(sequence.tokens):
+                            found[sequence.position + offset] = (token, sequence.texts[offset])
+    except (TimeoutError, ValueError):
+        raise PagesGone from None
+    finally:
+        await reader.close()
+    positions = [(position, *found[position]) for position in range(span.first, span.next) if position in found]
+    if len(positions) != span.next - span.first:
+        raise PagesGone
+    return positions
+
+
+async def read_spans(bus: Bus, subjects: Subjects, request: str, spans: tuple[Span, ...]) -> list[tuple[int, int, str]]:
+    """All positions of some spans. Raises `PagesGone`."""
+    positions: list[tuple[int, int, str]] = []
+    for span in spans:
+        positions += await read_span(bus, subjects, request, span)
+    return positions
+
+
+class ResultsReader:
+    """Turns `positions.show`, `request.ended` and `reader.refused` into chunks on reply subjects."""
+
+    def __init__(self, bus: Bus, subjects: Subjects) -> None:
+        self._bus = bus
+        self._subjects = subjects
+
+    async def show(self, message: Message) -> None:
+        """Show what the cell said to the reader. Never raises for what is gone or a bus that is away."""
+        try:
+            if isinstance(message, RequestEnded) and message.replies:
+                await self._ended(message)
+            elif isinstance(message, ShowPositions):
+                await self._positions(message)
+            elif isinstance(message, ReaderRefused):
+                await self._refused(message)
+        except BusError:
+            return
+
+    async def _positions(self, message: ShowPositions) -> None:
+        replies = [reply for reply in message.replies if not reply.single]
+        if not replies:
+            return
+        try:
+            positions = await read_spans(self._bus, self._subjects, message.request, message.spans)
+        except PagesGone:
+            return
+        for reply in replies:
+            for chunk in _chunks(message.request, positions, reply.start):
+                await self._publish(reply, chunk)
+
+    async def _ended(self, message: RequestEnded) -> None:
+        error = error_of(message)
+        positions: list[tuple[int, int, str]] = []
+        try:
+            positions = await read_spans(self._bus, self._subjects, message.request, message.spans)
+        except PagesGone:
+            error = ErrorBody("expired", f"the tokens of request {message.request} are no longer kept")
+        usage = TokenCounts(message.prompt_tokens, message.positions)
+        for reply in message.replies:
+            # The end stands behind the last position, whatever this reader wants to see of the answer.
+            chunks = _chunks(message.request, positions, reply.start)
+            if reply.single:
+                chunks = [_merged(message.request, chunks, min(reply.start, message.positions))]
+            last = chunks.pop() if chunks else Chunk(message.request, message.positions, (), "")
+            end = cast(ChunkEnd, end_of(message) if error is None or error.code != "expired" else "failed")
+            for chunk in chunks:
+                await self._publish(reply, chunk)
+            closing = Chunk(last.request, last.position, last.tokens, last.text, last.texts, end, usage, error)
+            await self._publish(reply, closing)
+            await self._bus.publish(reply.subject, b"")
+
+    async def _refused(self, message: ReaderRefused) -> None:
+        refusal = Refusal(message.code, message.reason)
+        payload = encode_reply(refusal.status(message.request), message.reply.encoding)
+        headers = refusal.headers() | reply_headers(message.reply.encoding)
+        await self._bus.publish(message.reply.subject, payload, headers=headers)
+        await self._bus.publish(message.reply.subject, b"")
+
+    async def _publish(self, reply: ReplyTo, chunk: Chunk) -> None:
+        payload = encode_chunk(chunk, reply.encoding)
+        await self._bus.publish(reply.subject, payload, headers=reply_headers(reply.encoding) or None)
+
+    async def result(self, ended: RequestEnded) -> Result:
+        """The whole answer of an ended request, or its error."""
+        error = error_of(ended)
+        positions: list[tuple[int, int, str]] = []
+        try:
+            positions = await read_spans(self._bus, self._subjects, ended.request, ended.spans)
+        except PagesGone:
+            error = ErrorBody("expired", f"the tokens of request {ended.request} are no longer kept")
+        return Result(
+            status="ended",
+            request=ended.request,
+            positions=ended.positions,
+            end=cast(ChunkEnd, end_of(ended)),
+            text="".join(text for _, _, text in positions),
+            tokens=tuple(token for _, token, _ in positions),
+            usage=TokenCounts(ended.prompt_tokens, ended.positions),
+            error=error,
+        )
+
+
+def end_of(message: RequestEnded) -> str:
+    """The `end` that clients read: how the answer stopped, or the outcome where there is no answer."""
+    return message.end if message.outcome == "finished" else message.outcome
+
+
+def error_of(message: RequestEnded) -> ErrorBody | None:
+    if message.outcome in ("failed", "quarantined"):
+        return ErrorBody(message.code or message.outcome, message.reason, message.retry_ms)
+    return None
+
+
+def _chunks(request: str, positions: list[tuple[int, int, str]], start: int) -> list[Chunk]:
+    wanted = [one for one in positions if one[0] >= start]
+    chunks = []
+    while wanted:
+        count = 1
+        while count < min(len(wanted), CHUNK_TOKENS) and wanted[count][0] == wanted[0][0] + count:
+            count += 1
+        part, wanted = wanted[:count], wanted[count:]
+        chunks.append(chunk_of(request, part[0][0], [t for _, t, _ in part], [text for _, _, text in part]))
+    return chunks
+
+
+def _merged(request: str, chunks: list[Chunk], start: int) -> Chunk:
+    tokens: list[Any] = []
+    texts: list[str] = []
+    for chunk in chunks:
+        tokens += chunk.tokens
+        texts += chunk.texts or (chunk.text,)
+    return chunk_of(request, chunks[0].position if chunks else start, tokens, texts)

@@ -1,0 +1,182 @@
+"""A whole cell on one machine: an embedded NATS server (or an external one), controls and nodes, each a process.
+
+What is in the data directory:
+    nats/      the embedded server's streams
+    models/    packed checkpoints, shared by the servers of this machine
+    logs/      one file per process
+    lock       held by the `longshore up` that uses the directory
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from actors.children import Child
+from bus.contract import BusError
+from bus.errors import UserError
+from bus.jetstream import JetStreamBus
+from bus.server import EmbeddedServer
+from bus.subjects import Subjects
+
+READY_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class UpOptions:
+    """`nats` empty: embed a server, on `port` (0: any free one). Sizes are texts such as 2GB, as `node` takes them."""
+
+    data: Path
+    cell: str = "main"
+    nodes: int = 2
+    workers: int = 2
+    controls: int = 1
+    device: str = "cpu"
+    nats: str = ""
+    port: int = 0
+    fsync_always: bool = False
+    memory: str = ""
+    dram: str = ""
+    slots: int = 0
+    control_arguments: tuple[str, ...] = ()
+    node_arguments: tuple[str, ...] = ()
+
+
+class CellProcesses:
+    """Starts and ends the processes of a cell. Use as an asynchronous context manager."""
+
+    def __init__(self, options: UpOptions) -> None:
+        self.options = options
+        self.server: EmbeddedServer | None = None
+        self.controls: list[Child] = []
+        self.nodes: list[Child] = []
+        self.url = options.nats
+        self._lock: int | None = None
+
+    @property
+    def models_directory(self) -> Path:
+        return self.options.data / "models"
+
+    async def __aenter__(self) -> CellProcesses:
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def _start(self) -> None:
+        options = self.options
+        self._take_data()
+        logs = options.data / "logs"
+        logs.mkdir(exist_ok=True)
+        self.models_directory.mkdir(exist_ok=True)
+        if not options.nats:
+            self.server = EmbeddedServer(options.data / "nats", port=options.port, fsync_always=options.fsync_always)
+            await self.server.start_async()
+            self.url = self.server.url
+        common = ["--nats", self.url, "--cell", options.cell]
+        for number in range(1, options.controls + 1):
+            arguments = ["control", *common, *options.control_arguments]
+            self.controls.append(Child(f"control-{number}", arguments, logs / f"control-{number}.log"))
+        for number in range(1, options.nodes + 1):
+            arguments = ["node", *common, "--server", f"s{number}", "--data", str(options.data)]
+            arguments += ["--workers", str(options.workers), "--device", options.device]
+            for flag, value in (("--memory", options.memory), ("--dram", options.dram)):
+                arguments += [flag, value] if value else []
+            arguments += ["--slots", str(options.slots)] if options.slots else []
+            arguments += options.node_arguments
+            self.nodes.append(Child(f"node-s{number}", arguments, logs / f"node-s{number}.log"))
+        for child in self.children:
+            await child.start()
+
+    @property
+    def children(self) -> list[Child]:
+        return [*self.controls, *self.nodes]
+
+    async def ready(self, bus: JetStreamBus, *, seconds: float = READY_SECONDS) -> dict[str, Any]:
+        """Wait until every worker is up; the cell's status. Raises `UserError` where a process ends before that."""
+        wanted = self.options.nodes * self.options.workers
+        loop = asyncio.get_running_loop()
+        limit = loop.time() + seconds
+        while True:
+            status = await cell_status(bus, self.options.cell)
+            if status is not None and len(status["workers"]) >= wanted and len(status["servers"]) >= self.options.nodes:
+                return status
+            for child in self.children:
+                if child.process is not None and child.process.returncode is not None:
+                    raise UserError(
+                        f"{child.name} ended with code {child.process.returncode} during the start; "
+                        f"the end of {child.log}:\n{child.last_words()}"
+                    )
+            if loop.time() > limit:
+                have = len(status["workers"]) if status is not None else 0
+                logs = self.options.data / "logs"
+                raise UserError(f"{have} of {wanted} workers were up after {seconds:g} s; see the logs in {logs}")
+            await asyncio.sleep(0.1)
+
+    async def watch(self) -> None:
+        """Until a process of the cell ends on its own. Raises `UserError` that names it."""
+        waits = {asyncio.ensure_future(child.wait()): child for child in self.children}
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        child = waits[done.pop()]
+        code = child.process.returncode if child.process is not None else "?"
+        raise UserError(f"{child.name} ended with code {code}; the end of {child.log}:\n{child.last_words()}")
+
+    async def stop(self) -> None:
+        """Nodes first, so that they say good-bye; then controls; the server last."""
+        await asyncio.gather(*(child.stop() for child in self.nodes))
+        await asyncio.gather(*(child.stop() for child in self.controls))
+        if self.server is not None:
+            await asyncio.to_thread(self.server.stop)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _take_data(self) -> None:
+        data = self.options.data
+        try:
+            data.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise UserError(
+                f"the data directory {data} cannot be used: {error.strerror}; name another with --data"
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.read(self._lock, 32).decode(errors="replace").strip() or "unknown"
+            os.close(self._lock)
+            self._lock = None
+            raise UserError(
+                f"the data directory {data} is in use by process {owner}: stop it, or name another one with --data"
+            ) from None
+        os.truncate(self._lock, 0)
+        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+
+
+async def cell_status(bus: JetStreamBus, cell: str) -> dict[str, Any] | None:
+    """What control says of the cell; None while no control answers."""
+    with contextlib.suppress(BusError, msgspec.DecodeError):
+        delivery = await bus.request(Subjects(cell).admin("status"), b"", timeout=1.0)
+        status = msgspec.json.decode(delivery.payload)
+        if isinstance(status, dict) and status.get("live"):
+            return status
+    return None

@@ -1,0 +1,137 @@
+"""Where a worker finds what it is to go on with: the prompt in the ledger, earlier tokens in the ledger or in pages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+
+from bus.contract import BusError, Log, NoAnswer, Record
+from bus.messages import (
+    Generation,
+    Message,
+    RequestAccepted,
+    SequencesSealed,
+    Span,
+    StartSequence,
+    decode_fact,
+    decode_fact_body,
+)
+from bus.pages import Page, decode_page
+from bus.subjects import Subjects
+
+RETRY_SECONDS = 0.1
+PAGES_SECONDS = 30.0
+"""How long pages that were there a moment ago may take to arrive."""
+REMEMBERED = 16
+"""Facts kept after they were read: several sequences of one worker cite the same seal."""
+
+Got = TypeVar("Got")
+
+
+class NotKept(Exception):
+    """What a sequence is to go on from is not there (any more); one sentence."""
+
+
+class Prompts:
+    """Reads what `sequence.start` cites. An outage is waited for; only what is certainly not there is `NotKept`."""
+
+    def __init__(self, ledger: Log, tokens: Log, subjects: Subjects) -> None:
+        self._ledger = ledger
+        self._tokens = tokens
+        self._subjects = subjects
+        self._facts: dict[int, Message] = {}
+
+    async def generation(self, start: StartSequence) -> Generation:
+        """What the request asks for. Raises `NotKept`."""
+        fact = await self._fact(start.accepted)
+        if not isinstance(fact, RequestAccepted) or fact.request != start.request:
+            raise NotKept(f"ledger sequence {start.accepted} does not hold request {start.request}")
+        return fact.generation
+
+    async def earlier(self, start: StartSequence) -> tuple[int, ...]:
+        """The tokens of the answer before `start.position`. Raises `NotKept`."""
+        tokens: list[int] = []
+        for span in start.history:
+            if span.first > len(tokens):
+                break
+            found = await (self._sealed(start, span) if span.sealed else self._paged(start, span))
+            del tokens[span.first :]
+            tokens += found
+        if len(tokens) < start.position:
+            raise NotKept(f"positions {len(tokens)} to {start.position - 1} of the answer are not kept any more")
+        return tuple(tokens[: start.position])
+
+    async def _sealed(self, start: StartSequence, span: Span) -> list[int]:
+        fact = await self._fact(span.sealed)
+        if isinstance(fact, SequencesSealed):
+            for sealed in fact.sequences:
+                if sealed.request == start.request and sealed.attempt == span.attempt:
+                    return list(sealed.tokens[span.first - sealed.first :][: span.next - span.first])
+        return []
+
+    async def _paged(self, start: StartSequence, span: Span) -> list[int]:
+        async def last_page() -> Record | None:
+            return await self._tokens.get(span.last_page)
+
+        async def pages() -> list[int]:
+            return await self._read_pages(start, span)
+
+        if await _patiently(last_page) is None:
+            return []
+        return await _patiently(pages)
+
+    async def _read_pages(self, start: StartSequence, span: Span) -> list[int]:
+        tokens: list[int] = []
+        subject = self._subjects.tokens(span.worker, span.epoch)
+        reader = await self._tokens.read([subject], start=span.first_page)
+        try:
+            async with asyncio.timeout(PAGES_SECONDS):
+                while True:
+                    for record in await reader.batch():
+                        if record.sequence > span.last_page:
+                            return tokens
+                        page = decode_page(record.payload)
+                        for part in page.sequences if isinstance(page, Page) else ():
+                            if (part.request, part.attempt) != (start.request, span.attempt):
+                                continue
+                            if part.position == span.first + len(tokens):
+                                tokens += part.tokens
+                        if record.sequence == span.last_page:
+                            return tokens[: span.next - span.first]
+        except TimeoutError:
+            raise NoAnswer(f"{subject} did not arrive within {PAGES_SECONDS:g} s") from None
+        except ValueError:  # a record that is no page: what lies behind it counts as not kept
+            return tokens
+        finally:
+            await reader.close()
+
+    async def _fact(self, sequence: int) -> Message:
+        known = self._facts.pop(sequence, None)
+        if known is None:
+
+            async def record_at() -> Record | None:
+                return await self._ledger.get(sequence)
+
+            record = await _patiently(record_at)
+            if record is None:
+                raise NotKept(f"the ledger holds nothing at sequence {sequence}")
+            try:
+                known = decode_fact_body(decode_fact(record.payload).body)
+            except msgspec.DecodeError:
+                raise NotKept(f"ledger sequence {sequence} does not hold a fact") from None
+        self._facts[sequence] = known
+        while len(self._facts) > REMEMBERED:
+            del self._facts[next(iter(self._facts))]
+        return known
+
+
+async def _patiently(ask: Callable[[], Coroutine[Any, Any, Got]]) -> Got:
+    """Ask until there is an answer: no answer proves nothing."""
+    while True:
+        try:
+            return await ask()
+        except BusError:
+            await asyncio.sleep(RETRY_SECONDS)

@@ -1,0 +1,71 @@
+"""What a worker driver asks of the machinery that computes: engines, tokenizers, and the thread they run in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from bus.messages import Generation
+from models.contract import Engine, Sampling, SequenceStart, TokenEvent
+
+
+class AttachRefused(Exception):
+    """The model cannot be made computable here; one sentence. `retry`: another worker may do better."""
+
+    def __init__(self, reason: str, *, retry: bool = False) -> None:
+        super().__init__(reason)
+        self.retry = retry
+
+
+class PromptRefused(Exception):
+    """The model cannot take this prompt; one sentence for whoever sent it."""
+
+
+class EncodedPrompt(NamedTuple):
+    """A prompt as tokens, and how to sample, with the model's defaults filled in."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+
+
+class StepResult(NamedTuple):
+    """What one engine said in one step, or the error that it broke off with (empty where there is none)."""
+
+    model: str
+    events: list[TokenEvent]
+    error: str = ""
+
+
+class WorkerRuntime(Protocol):
+    """Engines of one device. Between two calls of `step` the engines belong to the caller.
+
+    `attach`, `encode` and `texts` may run while a step runs; `detach` and `reset` may not be called then, except
+    that `reset` after a step was cancelled waits until it is really over.
+    """
+
+    @property
+    def device(self) -> str: ...
+
+    async def reset(self) -> None:
+        """Let go of every model, as if just made."""
+        ...
+
+    async def attach(self, model: str, digest: str, *, slots: int, kv_bytes: int, context: int) -> Engine:
+        """Make a model computable that lies in DRAM. Raises `AttachRefused`."""
+        ...
+
+    async def detach(self, model: str) -> None:
+        """Free the instance and its memory."""
+        ...
+
+    async def encode(self, model: str, generation: Generation) -> EncodedPrompt:
+        """Raises `PromptRefused`."""
+        ...
+
+    async def texts(self, model: str, start: SequenceStart) -> tuple[str, ...]:
+        """The pieces of text of the tokens in `start.generated`, as they were when these were decoded."""
+        ...
+
+    async def step(self, engines: Sequence[tuple[str, Engine]]) -> list[StepResult]:
+        """One step of each engine, one after the other; the event loop stays free meanwhile."""
+        ...

@@ -1,0 +1,80 @@
+"""Showing durable positions to readers. Core messages: a reader that misses one asks for the hole."""
+
+from __future__ import annotations
+
+import logging
+
+from actors.worker_sequences import HeldSequence, ReplyReader
+from bus.contract import Bus, BusError
+from bus.messages import OUTPUT_LIMIT_BYTES
+from bus.replies import ChunkEnd, TokenCounts, chunk_of, encode_chunk, reply_headers
+
+POSITIONS_PER_CHUNK = 2000
+
+logger = logging.getLogger("longshore.driver")
+
+
+class Showing:
+    """Publishes chunks on reply subjects. One caller at a time, so that a reader's chunks leave in order."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._encoded: dict[tuple[int, int, str], bytes] = {}
+
+    async def show(self, sequence: HeldSequence) -> None:
+        """Bring every reader up to what is durable; those that come meanwhile as well."""
+        self._encoded.clear()
+        while (reader := _behind(sequence)) is not None:
+            try:
+                await self._bring_up(sequence, reader)
+            except (BusError, ValueError) as error:
+                reader.done = True
+                logger.warning("%s cannot be shown to %s: %s", sequence.key, reader.reply.subject, error)
+
+    async def _bring_up(self, sequence: HeldSequence, reader: ReplyReader) -> None:
+        reply = reader.reply
+        headers = reply_headers(reply.encoding)
+        while not reader.done:
+            first = min(reader.next, sequence.durable) if sequence.ended else reader.next
+            if first >= sequence.durable and not sequence.ended:
+                return
+            following = sequence.durable if reply.single else min(sequence.durable, first + POSITIONS_PER_CHUNK)
+            payload = self._chunk(sequence, first, following, reader)
+            if len(payload) > OUTPUT_LIMIT_BYTES and following - first > 1:
+                following = first + max(1, (following - first) // (len(payload) // OUTPUT_LIMIT_BYTES + 2))
+                payload = self._chunk(sequence, first, following, reader)
+            reader.next = following
+            last = sequence.ended and following == sequence.durable
+            reader.done = last
+            await self._bus.publish(reply.subject, payload, headers=headers)
+            if last:
+                await self._bus.publish(reply.subject, b"")
+
+    def _chunk(self, sequence: HeldSequence, first: int, following: int, reader: ReplyReader) -> bytes:
+        key = (first, following, reader.reply.encoding)
+        payload = self._encoded.get(key)
+        if payload is None:
+            end: ChunkEnd = ""
+            usage = None
+            if sequence.ended and following == sequence.durable:
+                assert sequence.end != "handed-over", "a hand-over is not the end of an answer"
+                end, usage = sequence.end, TokenCounts(sequence.prompt_tokens, sequence.durable)
+            chunk = chunk_of(
+                sequence.effect.request,
+                first,
+                sequence.tokens[first:following],
+                sequence.texts[first:following],
+                end=end,
+                usage=usage,
+            )
+            payload = self._encoded[key] = encode_chunk(chunk, reader.reply.encoding)
+        return payload
+
+
+def _behind(sequence: HeldSequence) -> ReplyReader | None:
+    """The first reader that was not shown all that it can be shown now."""
+    for reader in sequence.readers:
+        showable = sequence.ended or (not reader.reply.single and reader.next < sequence.durable)
+        if showable and not reader.done:
+            return reader
+    return None

@@ -1,0 +1,301 @@
+"""One answer as its reader wants it: every position once and in order, whatever happens on the way.
+
+What goes wrong, and what is done about it:
+
+* no answer to the request, or `unknown`        repeat it with the same key: the cell knows it by that
+* a hole, a lost last chunk, silence, reconnect  ask `resume.<request>` for the first missing position
+* repeats and overlaps                           dropped and cut (`bus.reassembly`)
+* nobody listens, or nobody says anything        `RequestFailed` once patience is over
+
+Questions repeat after 50 ms, doubling up to 30 s while no new position comes; silence alone asks after `silence`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+from bus.contract import Bus, Delivery, Subscription
+from bus.messages.requests import Encoding
+from bus.reassembly import Reassembly
+from bus.replies import Chunk, ErrorBody, Status, TokenCounts, decode_reply
+
+FIRST_WAIT_SECONDS = 0.05
+LONGEST_WAIT_SECONDS = 30.0
+GRACE_SECONDS = 5.0
+"""So long after its acceptance a request may be unknown to a replica that is behind."""
+_LOOK_SECONDS = 0.5
+
+
+class RequestFailed(Exception):
+    """A request that did not end well: `code` is a name, `message` one sentence, `retry_ms` when to come again."""
+
+    def __init__(self, code: str, message: str, retry_ms: int = 0) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.retry_ms = retry_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """In seconds: `silence` until one asks again, `nobody` until no listener means that there is none, `total` at most
+    without a word."""
+
+    silence: float = 2.0
+    nobody: float = 5.0
+    total: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """How to ask for an answer from a position on: where, and with which body."""
+
+    subject: str
+    body: Callable[[int], bytes]
+    headers: dict[str, str]
+
+
+class Answer:
+    """The chunks of one request, in order: `async for chunk in answer`. It asks when iteration begins.
+
+    The last chunk carries `end` and `usage`. An answer that ends as failed or quarantined raises `RequestFailed` after
+    its last position. Use it as `async with` where you may leave early; with `cancel` the request then ends too.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        request_id: str,
+        *,
+        first: Question | None,
+        resume: Question,
+        start: int,
+        encoding: Encoding,
+        patience: Patience,
+        cancel: Callable[[], Awaitable[object]] | None = None,
+        fresh: bool = False,
+        closed: Callable[[Answer], None] = lambda _: None,
+    ) -> None:
+        self.request_id = request_id
+        self.end = ""
+        self.usage: TokenCounts | None = None
+        self.questions = 0
+        self._bus = bus
+        self._first = first
+        self._resume = resume
+        self._encoding = encoding
+        self._patience = patience
+        self._cancel = cancel
+        self._tell_closed = closed
+        self._positions = Reassembly(start)
+        self._ready: deque[Chunk] = deque()
+        self._failure: ErrorBody | None = None
+        self._subscription: Subscription | None = None
+        self._inbox = ""
+        self._accepted = first is None
+        self._forgiving = fresh or first is not None
+        self._done = False
+        self._heard = self._moved = self._asked = self._taken = 0.0
+        self._absent_since = -1.0
+        self._answered = False
+        self._excuse: ErrorBody | None = None
+        self._wait = FIRST_WAIT_SECONDS
+        self._prompted = False
+        self._connections = 0
+
+    @property
+    def position(self) -> int:
+        """The first position not yet seen."""
+        return self._ready[0].position if self._ready else self._positions.next
+
+    def __aiter__(self) -> Answer:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        """The next chunk. Raises `RequestFailed`."""
+        try:
+            while not self._ready:
+                if self._done or self._positions.ended:
+                    await self._finish()
+                await self._step()
+        except (StopAsyncIteration, RequestFailed):
+            raise
+        except BaseException:
+            await self.aclose()
+            raise
+        return self._ready.popleft()
+
+    async def _finish(self) -> None:
+        """Nothing is left: close, and say how it ended."""
+        first_time = not self._done
+        self._done = True
+        await self._close()
+        if self._failure is not None and first_time:
+            raise RequestFailed(self._failure.code, self._failure.message, self._failure.retry_ms)
+        raise StopAsyncIteration
+
+    async def text(self) -> str:
+        """All that is left of the answer, as one text."""
+        return "".join([chunk.text async for chunk in self])
+
+    # asking
+    async def _step(self) -> None:
+        now = asyncio.get_running_loop().time
+        if self._subscription is None:
+            self._inbox = self._bus.new_inbox()
+            self._subscription = await self._bus.subscribe(self._inbox)
+            self._connections = self._bus.connections
+            self._heard = self._moved = self._taken = now()
+            await self._ask()
+        elif self._bus.connections != self._connections:
+            self._connections = self._bus.connections
+            self._wait = FIRST_WAIT_SECONDS
+            self._prompted = True
+        due = max(self._asked, self._moved) + max(self._patience.silence, self._wait)
+        if self._prompted or self._positions.hole:
+            due = min(due, self._asked + self._wait)
+        if now() >= due:
+            await self._ask()
+            return
+        try:
+            async with asyncio.timeout_at(min(due, now() + _LOOK_SECONDS)):
+                delivery = await self._subscription.next()
+        except TimeoutError:
+            await self._check_patience(now())
+            return
+        await self._take(delivery, now())
+
+    async def _ask(self) -> None:
+        question = self._resume if self._accepted or self._first is None else self._first
+        self.questions += 1
+        self._prompted = False
+        self._asked = asyncio.get_running_loop().time()
+        if self.questions > 1:
+            self._wait = min(self._wait * 2, LONGEST_WAIT_SECONDS)
+        body = question.body(self._positions.next)
+        await self._bus.publish(question.subject, body, reply=self._inbox, headers=question.headers)
+
+    async def _check_patience(self, now: float) -> None:
+        if now - self._heard <= self._patience.total:
+            return
+        last = self._excuse or ErrorBody(
+            "no_answer",
+            f"the cell said nothing about request {self.request_id} for {self._patience.total:g} s; it may still run: "
+            "ask for its result later, or repeat it with the same key",
+        )
+        await self._fail(last.code, last.message, last.retry_ms)
+
+    async def _fail(self, code: str, message: str, retry_ms: int = 0) -> None:
+        self._done = True
+        await self._close()
+        raise RequestFailed(code, message, retry_ms)
+
+    # hearing
+    async def _take(self, delivery: Delivery, now: float) -> None:
+        if not delivery.payload:
+            await self._take_empty(now)
+            return
+        try:
+            reply = decode_reply(delivery.payload, self._encoding)
+        except ValueError as error:
+            await self._fail("bad_reply", str(error))
+            return
+        self._answered = True
+        if isinstance(reply, Chunk):
+            self._heard = now
+            if reply.request == self.request_id:
+                self._take_chunk(reply, now)
+        elif isinstance(reply, Status):
+            await self._take_status(reply, now)
+
+    async def _take_empty(self, now: float) -> None:
+        """The end of a stream whose last chunk got lost; before any word, the server's sign that nobody listens."""
+        self._prompted = True
+        if self._absent_since < 0:
+            self._absent_since = now
+        elif not self._answered and now - self._absent_since >= self._patience.nobody:
+            await self._fail(
+                "not_ready",
+                f"nobody listens on {self._question_subject}: check the name of the cell, and that it is up",
+            )
+
+    @property
+    def _question_subject(self) -> str:
+        return (self._first or self._resume).subject
+
+    def _take_chunk(self, chunk: Chunk, now: float) -> None:
+        self._accept(now)
+        ready = self._positions.feed(chunk)
+        if not ready:
+            return
+        self._moved = now
+        self._wait = FIRST_WAIT_SECONDS
+        last = ready[-1]
+        if last.end:
+            self.end = last.end
+            self.usage = last.usage
+            if last.end in ("failed", "quarantined"):
+                self._failure = last.error or ErrorBody(last.end, f"request {self.request_id} ended as {last.end}")
+        self._ready.extend(ready)
+
+    def _accept(self, now: float) -> None:
+        if not self._accepted:
+            self._accepted = True
+            self._taken = now
+
+    async def _take_status(self, status: Status, now: float) -> None:
+        error = status.error or ErrorBody(status.status, f"request {self.request_id} is {status.status}")
+        if status.status == "accepted":
+            self._heard = now
+            self._excuse = None
+            self._accept(now)
+        elif status.status == "unknown" or self._forgives(error.code, now):
+            self._excuse = error
+            self._prompted = True
+        else:
+            await self._fail(error.code, error.message, error.retry_ms)
+
+    def _forgives(self, code: str, now: float) -> bool:
+        """Whether to ask again after this refusal: the request may stand in the ledger all the same."""
+        if code == "unknown_request":
+            return self._forgiving and now - self._taken < GRACE_SECONDS
+        in_doubt = self._first is None or self._accepted or self.questions > 1
+        return in_doubt and code in ("not_ready", "ledger_full", "queue_full")
+
+    # leaving
+    async def aclose(self) -> None:
+        """Stop reading; with `cancel`, an answer that has not ended is cancelled in the cell."""
+        if self._done:
+            return
+        self._done = True
+        ended = self._positions.ended or self._subscription is None
+        try:
+            if self._cancel is not None and not ended:
+                await asyncio.shield(asyncio.ensure_future(self._cancel_quietly()))
+        finally:
+            await self._close()
+
+    async def _cancel_quietly(self) -> None:
+        assert self._cancel is not None
+        try:
+            await self._cancel()
+        except Exception:
+            pass  # the reader is leaving anyway; the deadline and the length end the request otherwise
+
+    async def _close(self) -> None:
+        self._tell_closed(self)
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            await subscription.close()
+
+    async def __aenter__(self) -> Answer:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()

@@ -1,0 +1,256 @@
+"""The client library: ask a cell, and read each answer once and in order.
+
+    async with Client.connect("nats://127.0.0.1:4222", cell="main") as client:
+        async for chunk in client.infer("llama-a", prompt="Once upon a time", max_tokens=64):
+            print(chunk.text, end="")
+
+Every request gets an idempotency key, so that the library may repeat it whenever an answer stays out. What a cell
+refuses or fails raises `RequestFailed`. It runs on any `bus.contract.Bus`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+
+from bus.answer import Answer, Patience, Question, RequestFailed
+from bus.api import DEFAULT_CLIENT, Refusal, parse_infer
+from bus.contract import Bus, BusError, NoAnswer, NoResponders
+from bus.messages.envelope import OUTPUT_LIMIT_BYTES
+from bus.messages.requests import Encoding, request_id
+from bus.replies import Result, Status, decode_reply, encode_reply, reply_headers
+from bus.subjects import Subjects
+
+ASK_SECONDS = 2.0
+_FIRST_POLL_SECONDS = 0.05
+_LAST_POLL_SECONDS = 1.0
+
+
+class Client:
+    """Asks one cell over one bus. `Client.connect` opens and closes a connection of its own."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        cell: str = "main",
+        *,
+        name: str = DEFAULT_CLIENT,
+        encoding: Encoding = "json",
+        patience: Patience | None = None,
+    ) -> None:
+        self.bus = bus
+        self.name = name
+        self._subjects = Subjects(cell)
+        self._encoding: Encoding = encoding
+        self._headers = reply_headers(encoding)
+        self._patience = patience or Patience()
+        self._open: dict[int, Answer] = {}
+        self._submitted: dict[str, None] = {}
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(
+        cls, url: str = "nats://127.0.0.1:4222", *, cell: str = "main", **options: Any
+    ) -> AsyncIterator[Client]:
+        """A client with its own connection. Raises `bus.contract.Unreachable`. `options` are those of `Client`."""
+        from bus.jetstream import JetStreamBus
+
+        bus = await JetStreamBus.connect(url, cell, name="longshore-client")
+        client = cls(bus, cell, **options)
+        try:
+            yield client
+        finally:
+            await client.close()
+            await bus.close()
+
+    async def close(self) -> None:
+        """Stop reading all answers; the bus stays open."""
+        for answer in list(self._open.values()):
+            await answer.aclose()
+
+    # requests
+    def infer(
+        self,
+        model: str,
+        prompt: str | None = None,
+        *,
+        key: str | None = None,
+        start: int = 0,
+        cancel_on_close: bool = False,
+        **fields: Any,
+    ) -> Answer:
+        """Ask; nothing is sent before the first chunk is awaited. `fields` are those of the contract, None is absent.
+
+        With `cancel_on_close` an answer that is left early (closed, or its task cancelled) is cancelled in the cell.
+        """
+        key = key or secrets.token_hex(16)
+        body = self._fields(fields, prompt=prompt, key=key)
+        request = request_id(body["client"], key)
+        first = Question(self._subjects.infer(model), lambda at: self._encode(body | {"from": at}), self._headers)
+        self._encode(body)
+        return self._answer(request, first, start, cancel_on_close)
+
+    def resume(self, request: str, start: int = 0, *, cancel_on_close: bool = False) -> Answer:
+        """Read a request that exists, from position `start` on."""
+        return self._answer(request, None, start, cancel_on_close)
+
+    def _answer(self, request: str, first: Question | None, start: int, cancel_on_close: bool) -> Answer:
+        async def cancel() -> None:
+            await self.cancel(request)
+
+        answer = Answer(
+            self.bus,
+            request,
+            first=first,
+            resume=Question(self._subjects.resume(request), lambda at: self._encode({"from": at}), self._headers),
+            start=start,
+            encoding=self._encoding,
+            patience=self._patience,
+            cancel=cancel if cancel_on_close else None,
+            fresh=request in self._submitted,
+            closed=self._forget,
+        )
+        self._open[id(answer)] = answer
+        return answer
+
+    def _forget(self, answer: Answer) -> None:
+        self._open.pop(id(answer), None)
+
+    async def submit(self, model: str, prompt: str | None = None, *, key: str | None = None, **fields: Any) -> str:
+        """Leave a request with the cell and return its id; the answer is read with `result` or `resume`.
+
+        Returns once the request is stored. What the contract refuses raises `RequestFailed` before anything is sent.
+        """
+        key = key or secrets.token_hex(16)
+        body = self._fields(fields, prompt=prompt, key=key)
+        payload = self._encode(body)
+        try:
+            request = parse_infer(payload, self._headers.get("Content-Type"), model).request
+        except Refusal as refusal:
+            raise RequestFailed(refusal.name, refusal.message, refusal.retry_ms) from None
+        acknowledged = await self._ask(self._subjects.submit(model), payload, patient=True)
+        try:
+            error = msgspec.json.decode(acknowledged, type=_Acknowledged).error
+        except msgspec.DecodeError as reason:
+            raise RequestFailed("bad_reply", f"the acknowledgement of a stream was expected: {reason}") from None
+        if error:
+            why = error.get("description", "no reason given")
+            raise RequestFailed("not_ready", f"the stream of submitted requests did not take it: {why}")
+        self._submitted[request] = None
+        if len(self._submitted) > 10_000:
+            del self._submitted[next(iter(self._submitted))]
+        return request
+
+    async def result(self, request: str, *, wait: float = 0.0) -> Result:
+        """What is known of a request: still `running` or `ended` (then `end`, `text`, `tokens`, `usage`, `error`).
+
+        With `wait` (seconds) it returns as soon as the request has ended, else what is known then. Raises
+        `RequestFailed` with code `unknown_request` where the cell does not know it (any more).
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + wait
+        pause = _FIRST_POLL_SECONDS
+        while True:
+            last = loop.time() >= until
+            try:
+                reply = self._decode(await self._ask(self._subjects.result(request), b"", patient=not last))
+                if isinstance(reply, Result) and (last or reply.status == "ended"):
+                    return reply
+            except RequestFailed as failure:
+                if last or failure.code != "unknown_request" or request not in self._submitted:
+                    raise
+            await asyncio.sleep(min(pause, max(0.0, until - loop.time())))
+            pause = min(pause * 1.5, _LAST_POLL_SECONDS)
+
+    async def cancel(self, request: str) -> None:
+        """Have a request ended as soon as possible; its answer then ends as `cancelled`, unless it ended before."""
+        self._decode(await self._ask(self._subjects.cancel(request), b"", patient=True))
+
+    # operators
+    async def models(self) -> list[dict[str, Any]]:
+        """The cards of all models, with the tiers they lie in."""
+        found: list[dict[str, Any]] = await self._admin("models")
+        return found
+
+    async def status(self) -> dict[str, Any]:
+        """The state of the cell."""
+        found: dict[str, Any] = await self._admin("status")
+        return found
+
+    async def add_model(self, model: str) -> Any:
+        """Tell the cell that a packed model lies under this name."""
+        return await self._admin("model.add", {"model": model})
+
+    async def remove_model(self, model: str) -> Any:
+        return await self._admin("model.remove", {"model": model})
+
+    async def _admin(self, verb: str, body: dict[str, Any] | None = None) -> Any:
+        payload = msgspec.json.encode(body) if body else b""
+        answer = msgspec.json.decode(await self._ask(self._subjects.admin(verb), payload, headers={}))
+        if isinstance(answer, dict) and answer.get("status") == "refused":
+            error = answer.get("error") or {}
+            raise RequestFailed(error.get("code", "refused"), error.get("message", "refused"), error.get("retry_ms", 0))
+        return answer
+
+    # on the wire
+    def _fields(self, fields: dict[str, Any], **named: Any) -> dict[str, Any]:
+        body = {name: value for name, value in (named | fields).items() if value is not None}
+        body.setdefault("client", self.name)
+        for name, value in body.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RequestFailed("bad_request", f"{name} must be a finite number, got {value}")
+        return body
+
+    def _encode(self, body: dict[str, Any]) -> bytes:
+        payload = encode_reply(body, self._encoding)
+        if len(payload) > OUTPUT_LIMIT_BYTES:
+            raise RequestFailed(
+                "too_large", f"the request has {len(payload)} bytes, at most {OUTPUT_LIMIT_BYTES} are taken"
+            )
+        return payload
+
+    async def _ask(
+        self, subject: str, payload: bytes, *, headers: dict[str, str] | None = None, patient: bool = False
+    ) -> bytes:
+        """One question, one answer; a patient one is repeated until patience is over (all of them are idempotent)."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        headers = self._headers if headers is None else headers
+        while True:
+            try:
+                return (await self.bus.request(subject, payload, headers=headers, timeout=ASK_SECONDS)).payload
+            except NoResponders:
+                if not patient or loop.time() - started >= self._patience.nobody:
+                    message = f"nobody listens on {subject}: check the name of the cell, and that it is up"
+                    raise RequestFailed("not_ready", message) from None
+            except NoAnswer:
+                if not patient or loop.time() - started >= self._patience.total:
+                    raise RequestFailed("no_answer", f"no answer on {subject}: try again") from None
+            except BusError as error:
+                raise RequestFailed("bus", str(error)) from None
+            await asyncio.sleep(0.2)
+
+    def _decode(self, payload: bytes) -> Status | Result:
+        """A status that accepts, or a result; a refusal is raised."""
+        try:
+            reply = decode_reply(payload, self._encoding)
+        except ValueError as error:
+            raise RequestFailed("bad_reply", str(error)) from None
+        if isinstance(reply, Result) or (isinstance(reply, Status) and reply.status == "accepted"):
+            return reply
+        if reply.error is None:
+            raise RequestFailed("bad_reply", "the cell sent a chunk where a status or a result was expected")
+        raise RequestFailed(reply.error.code, reply.error.message, reply.error.retry_ms)
+
+
+class _Acknowledged(msgspec.Struct):
+    """The acknowledgement of a JetStream append, as far as a client cares."""
+
+    error: dict[str, Any] | None = None
+    seq: int = 0

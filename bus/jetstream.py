@@ -1,0 +1,232 @@
+"""The bus on a real NATS server: core messages, and the cell's streams on JetStream.
+
+LEDGER_<cell>   facts and what was said: never discarded, never overwritten; full means refused
+TOKENS_<cell>   pages of tokens: kept for the retention of results
+INTAKE_<cell>   submitted requests: a work queue, a message leaves it when intake has acknowledged it
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from bus.connection import Connection
+from bus.contract import BusError, Delivery
+from bus.delivery_queue import DeliveryQueue
+from bus.jetstream_api import STREAM_NOT_FOUND, ApiError, call, stream_info
+from bus.jetstream_log import JetStreamLog
+from bus.subjects import Subjects
+from bus.wire import parse_headers
+
+GIB = 1024**3
+DEDUPE_SECONDS = 120
+FLUSH_SECONDS = 2.0
+
+
+class JetStreamSubscription(DeliveryQueue):
+    """Core messages on one subject."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
+        self._connection = connection
+        self._sid = 0
+
+    @classmethod
+    async def open(cls, connection: Connection, subject: str, queue: str) -> JetStreamSubscription:
+        subscription = cls(connection)
+        subscription._sid = await connection.hook(subject, subscription._delivered, queue=queue)
+        connection.listen(subscription)
+        # Once this returns, the server knows: what another connection publishes from now on arrives here.
+        if connection.is_connected:
+            try:
+                async with asyncio.timeout(FLUSH_SECONDS):
+                    await connection.flush()
+            except TimeoutError:
+                pass
+        return subscription
+
+    def _delivered(self, subject: bytes, reply: bytes, payload: bytes, headers: bytes | None) -> None:
+        self.put(Delivery(subject.decode(), payload, reply.decode(), parse_headers(headers)))
+
+    async def close(self) -> None:
+        self._connection.forget(self)
+        self._connection.unhook(self._sid)
+        self.end()
+
+    def lost(self) -> None:
+        pass
+
+    def restored(self) -> None:
+        pass
+
+    def closed(self) -> None:
+        self.end()
+
+
+class JetStreamBus:
+    """One connection of one process to one cell. Make it with `JetStreamBus.connect`; see `bus.contract.Bus`."""
+
+    def __init__(self, connection: Connection, subjects: Subjects, ledger: JetStreamLog, tokens: JetStreamLog) -> None:
+        self._connection = connection
+        self._ledger = ledger
+        self._tokens = tokens
+        self.subjects = subjects
+
+    @classmethod
+    async def connect(
+        cls,
+        url: str,
+        cell: str,
+        *,
+        name: str = "",
+        ack_timeout: float = 5.0,
+        create: bool = False,
+        ledger_limit_bytes: int = GIB,
+        tokens_limit_bytes: int = GIB,
+        intake_limit_bytes: int = GIB // 4,
+        result_retention_seconds: int = 3600,
+        replicas: int = 1,
+        **options: Any,
+    ) -> JetStreamBus:
+        """Connect, and with `create` see that the streams exist.
+
+        `options` go to `nats.connect` (user, password, token, user_credentials, tls, ...). Raises `Unreachable` within
+        two seconds where no server answers, ValueError for a bad name of a cell, and what `ensure_streams` raises.
+        """
+        subjects = Subjects(cell)
+        connection = await Connection.open(url, name=name, **options)
+        try:
+            bus = cls(
+                connection,
+                subjects,
+                await JetStreamLog.open(connection, subjects.ledger_stream, ack_timeout),
+                await JetStreamLog.open(connection, subjects.tokens_stream, ack_timeout),
+            )
+            if create:
+                await bus.ensure_streams(
+                    ledger_limit_bytes=ledger_limit_bytes,
+                    tokens_limit_bytes=tokens_limit_bytes,
+                    intake_limit_bytes=intake_limit_bytes,
+                    result_retention_seconds=result_retention_seconds,
+                    replicas=replicas,
+                )
+        except BaseException:
+            await connection.close()
+            raise
+        return bus
+
+    async def ensure_streams(
+        self,
+        *,
+        ledger_limit_bytes: int = GIB,
+        tokens_limit_bytes: int = GIB,
+        intake_limit_bytes: int = GIB // 4,
+        result_retention_seconds: int = 3600,
+        replicas: int = 1,
+    ) -> None:
+        """Create the cell's streams where they are missing, and use those that exist as they are.
+
+        Raises `BusError` where an existing stream breaks a promise of the ledger (it would drop or expire records), or
+        where the server has no room for the limits.
+        """
+        names = self.subjects
+        common = {"storage": "file", "discard": "new", "num_replicas": replicas, "max_msgs_per_subject": -1}
+        ledger = {
+            "name": names.ledger_stream,
+            "subjects": names.ledger_filters,
+            "retention": "limits",
+            "max_bytes": ledger_limit_bytes,
+            "deny_delete": True,
+            "allow_direct": True,
+            "duplicate_window": DEDUPE_SECONDS * 1_000_000_000,
+        }
+        tokens = {
+            "name": names.tokens_stream,
+            "subjects": [names.tokens_filter],
+            "retention": "limits",
+            "max_bytes": tokens_limit_bytes,
+            "max_age": result_retention_seconds * 1_000_000_000,
+            "allow_direct": True,
+            "duplicate_window": min(DEDUPE_SECONDS, result_retention_seconds) * 1_000_000_000,
+        }
+        intake = {
+            "name": names.intake_stream,
+            "subjects": [names.submit_filter],
+            "retention": "workqueue",
+            "max_bytes": intake_limit_bytes,
+            "duplicate_window": DEDUPE_SECONDS * 1_000_000_000,
+        }
+        await self._ensure(common | ledger, must_keep_all=True)
+        await self._ensure(common | tokens, must_keep_all=False)
+        await self._ensure(common | intake, must_keep_all=False)
+
+    async def _ensure(self, config: dict[str, Any], *, must_keep_all: bool) -> None:
+        stream = config["name"]
+        try:
+            found = (await stream_info(self._connection, stream))["config"]
+        except ApiError as error:
+            if error.code != STREAM_NOT_FOUND:
+                raise
+            # Two that start at once may both create: the same settings twice are no error to the server.
+            found = (await call(self._connection, f"STREAM.CREATE.{stream}", config))["config"]
+        wrong = [
+            f"{key} is {found.get(key)!r} instead of {config[key]!r}"
+            for key in ("storage", "discard", "retention", "max_msgs_per_subject")
+            if found.get(key) != config[key]
+        ]
+        if set(config["subjects"]) - set(found.get("subjects") or []):
+            wrong.append(f"it takes {found.get('subjects')} instead of {config['subjects']}")
+        if must_keep_all and found.get("max_age", 0) > 0:
+            wrong.append("its messages expire")
+        if must_keep_all and found.get("max_msgs", -1) > 0:
+            wrong.append("its number of messages is limited")
+        if wrong:
+            raise BusError(
+                f"stream {stream} at {self._connection.url} exists with settings that do not fit: {'; '.join(wrong)}; "
+                "choose another cell name, or delete that stream if nobody needs it"
+            )
+
+    @property
+    def ledger(self) -> JetStreamLog:
+        return self._ledger
+
+    @property
+    def tokens(self) -> JetStreamLog:
+        return self._tokens
+
+    @property
+    def connected(self) -> bool:
+        return self._connection.is_connected
+
+    @property
+    def connections(self) -> int:
+        return self._connection.connections
+
+    @property
+    def raw(self) -> Connection:
+        """The nats-py client underneath, for what the contract does not cover (micro services, pull consumers)."""
+        return self._connection
+
+    def wall(self) -> int:
+        return time.time_ns()
+
+    async def publish(
+        self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None
+    ) -> None:
+        await self._connection.send(subject, payload, reply=reply, headers=headers)
+
+    async def subscribe(self, subject: str, *, queue: str = "") -> JetStreamSubscription:
+        return await JetStreamSubscription.open(self._connection, subject, queue)
+
+    async def request(
+        self, subject: str, payload: bytes, *, headers: dict[str, str] | None = None, timeout: float = 2.0
+    ) -> Delivery:
+        return await self._connection.ask(subject, payload, headers=headers, timeout=timeout)
+
+    def new_inbox(self) -> str:
+        return self._connection.new_inbox()
+
+    async def close(self) -> None:
+        """Send what was published, and close for good."""
+        await self._connection.close()

@@ -1,0 +1,230 @@
+"""Models, servers, workers and instances: what placement knows and what it orders."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from bus.messages.envelope import Count, Message, Name, Positive, Text
+
+Tier = Literal["ssd", "dram"]
+
+
+class ModelCard(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What deciding needs to know of a packed checkpoint.
+
+    `weight_bytes` and `kv_bytes_per_token` in bytes, `context` in tokens (prompt and answer), `digest` names the
+    very bytes.
+    """
+
+    model: Name
+    digest: Annotated[str, Meta(max_length=128)]
+    weight_bytes: Positive
+    context: Positive
+    kv_bytes_per_token: Positive
+    vocabulary: Positive
+    architecture: Annotated[str, Meta(max_length=128)] = ""
+    chat: bool = False
+
+
+class HeldModel(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A model that a store found on its server, and the tier it lies in."""
+
+    card: ModelCard
+    tier: Tier = "ssd"
+
+
+# ---- facts ------------------------------------------------------------------------------------------------
+
+
+class ModelAdded(Message, frozen=True, tag="model.added"):
+    """An operator has packed a model under this name; the stores are asked to look for it."""
+
+    model: Name
+
+
+class ModelRemoved(Message, frozen=True, tag="model.removed"):
+    """An operator wants the model gone: no new requests, instances stop when idle, then the stores drop it."""
+
+    model: Name
+
+
+class PlacementConfigured(Message, frozen=True, tag="placement.configured"):
+    """`queue_limit` bounds the requests that wait for a slot, over all models."""
+
+    queue_limit: Positive = 1000
+
+
+# ---- between actors ---------------------------------------------------------------------------------------
+
+
+class ServerReady(Message, frozen=True, tag="server.ready"):
+    """store > placement: this server is up, with this DRAM budget in bytes, and holds these models."""
+
+    server: Name
+    dram_bytes: Count
+    models: tuple[HeldModel, ...]
+
+
+class ServerGone(Message, frozen=True, tag="server.gone"):
+    """store > placement: the storage driver of this server is lost."""
+
+    server: Name
+
+
+class ModelHeld(Message, frozen=True, tag="model.held"):
+    """store > placement: the nearest tier in which this server holds the model now.
+
+    `duration_ns`: of a finished load, 0 where none was needed.
+    """
+
+    server: Name
+    card: ModelCard
+    tier: Tier
+    duration_ns: Count = 0
+
+
+class ModelGone(Message, frozen=True, tag="model.gone"):
+    """store > placement: this server no longer holds the model at all."""
+
+    server: Name
+    model: Name
+
+
+class LookForModel(Message, frozen=True, tag="model.look"):
+    """placement > store: see whether the model lies on your server."""
+
+    model: Name
+
+
+class DropModel(Message, frozen=True, tag="model.drop"):
+    """placement > store: delete the model as soon as no lease is left."""
+
+    model: Name
+
+
+class WorkerReady(Message, frozen=True, tag="worker.ready"):
+    """gpu > placement: this worker is up and empty. `memory_bytes`: of its device; `max_slots`: per instance."""
+
+    worker: Name
+    server: Name
+    memory_bytes: Positive
+    max_slots: Positive
+
+
+class WorkerGone(Message, frozen=True, tag="worker.gone"):
+    """gpu > placement: its epoch is closed; whatever ran there does so no longer."""
+
+    worker: Name
+
+
+class StartInstance(Message, frozen=True, tag="instance.start"):
+    """placement > gpu: make room by stopping the idle models of `evict`, then start `model`."""
+
+    model: Name
+    slots: Positive
+    kv_bytes: Positive
+    context: Positive
+    evict: tuple[str, ...] = ()
+
+
+class StopInstance(Message, frozen=True, tag="instance.stop"):
+    """placement > gpu: stop this idle instance."""
+
+    model: Name
+
+
+class InstanceReady(Message, frozen=True, tag="instance.ready"):
+    """gpu > placement: running, with this many slots. `tier`: where its weights came from; `attach_ns`: device part."""
+
+    worker: Name
+    model: Name
+    slots: Positive
+    tier: Tier
+    attach_ns: Count = 0
+
+
+class InstanceFailed(Message, frozen=True, tag="instance.failed"):
+    """gpu > placement: did not start. `retry`: the same may work elsewhere or later."""
+
+    worker: Name
+    model: Name
+    reason: Text
+    retry: bool = False
+
+
+class InstanceStopped(Message, frozen=True, tag="instance.stopped"):
+    """gpu > placement: its memory is free again."""
+
+    worker: Name
+    model: Name
+
+
+class LeaseModel(Message, frozen=True, tag="lease.take"):
+    """gpu > store: bring the model to DRAM and keep it there for this worker."""
+
+    worker: Name
+    model: Name
+
+
+class LeaseReturned(Message, frozen=True, tag="lease.returned"):
+    """gpu > store: this worker no longer uses the model."""
+
+    worker: Name
+    model: Name
+
+
+class LeaseGranted(Message, frozen=True, tag="lease.granted"):
+    """store > gpu: the model lies in DRAM. `tier`: from where it came."""
+
+    model: Name
+    digest: Annotated[str, Meta(max_length=128)]
+    tier: Tier
+
+
+class LeaseRefused(Message, frozen=True, tag="lease.refused"):
+    """store > gpu: the model cannot be brought to DRAM. `retry`: it may later or elsewhere."""
+
+    model: Name
+    reason: Text
+    retry: bool = False
+
+
+# ---- records: what placement thought, for whoever asks why ---------------------------------------------------
+
+
+class Candidate(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One worker that was weighed. Times in nanoseconds; the sum is what is compared.
+
+    queue_ns: bytes queued on that server's loading path / bandwidth (PAPER, q); load_ns: bytes / bandwidth of the
+    slowest stage (n/b); free_ns: to stop what is evicted; attach_ns: to attach from DRAM.
+    """
+
+    worker: Name
+    tier: Tier
+    queue_ns: Count
+    load_ns: Count
+    free_ns: Count
+    attach_ns: Count
+    evict: tuple[str, ...] = ()
+
+
+class PlacementDecided(Message, frozen=True, tag="placement.decided"):
+    """placement > record: why this worker starts this model now. `candidates` are at most 8, the least first."""
+
+    model: Name
+    worker: Name
+    request: Name
+    waiting: Count
+    candidates: tuple[Candidate, ...]
+    weighed: Positive
+
+
+class InstanceDraining(Message, frozen=True, tag="instance.draining"):
+    """placement > record: this instance takes no new sequence, so that an older request for another model gets room."""
+
+    worker: Name
+    model: Name
+    wanted_by: Name

@@ -1,0 +1,252 @@
+"""Requests, their readers, and how they end."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from bus.messages.envelope import Count, Digest, Message, Name, Positive, Subject, Text
+
+PROMPT_LIMIT_BYTES = 400_000
+TOKENS_LIMIT = 1_000_000
+
+Encoding = Literal["json", "msgpack"]
+EndReason = Literal["stop", "length", "cancelled", "deadline"]
+Outcome = Literal["finished", "failed", "cancelled", "deadline", "quarantined"]
+
+
+class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    role: Annotated[str, Meta(min_length=1, max_length=64)]
+    content: Annotated[str, Meta(max_length=PROMPT_LIMIT_BYTES)]
+
+
+class Generation(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What to compute: exactly one of prompt, messages and tokens, and how to sample.
+
+    `temperature` -1 and `top_p` -1 and `top_k` -1 mean: as the model's generation_config says.
+    """
+
+    max_tokens: Positive
+    prompt: str | None = None
+    messages: tuple[ChatMessage, ...] | None = None
+    tokens: tuple[int, ...] | None = None
+    temperature: float = -1.0
+    top_p: float = -1.0
+    top_k: int = -1
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+class ReplyTo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where chunks are shown: a subject, the first position wanted, the encoding, one reply or a stream."""
+
+    subject: Subject
+    start: Count = 0
+    encoding: Encoding = "json"
+    single: bool = False
+
+
+def request_id(client: str, key: str) -> str:
+    """The identity of a request: the first 32 hexadecimal digits of SHA-256 over client, a zero byte, and key."""
+    return hashlib.sha256(client.encode() + b"\0" + key.encode()).hexdigest()[:32]
+
+
+# ---- facts ------------------------------------------------------------------------------------------------
+
+
+class RequestAccepted(Message, frozen=True, tag="request.accepted"):
+    """Intake has accepted a request. A repeated one attaches its reader to the request that exists.
+
+    `deadline_ms` counts from acceptance, 0 for none. `sequence` is filled in by the cell: where this fact stands.
+    """
+
+    request: Name
+    client: Annotated[str, Meta(max_length=200)]
+    key: Annotated[str, Meta(max_length=200)]
+    model: Name
+    generation: Generation
+    reply: ReplyTo | None = None
+    deadline_ms: Count = 0
+    sequence: int = 0
+
+
+class CancelRequested(Message, frozen=True, tag="cancel.requested"):
+    request: Name
+
+
+class ReaderAttached(Message, frozen=True, tag="reader.attached"):
+    """A reader wants to see a request from `reply.start` on."""
+
+    request: Name
+    reply: ReplyTo
+
+
+class RequestsConfigured(Message, frozen=True, tag="requests.configured"):
+    """`retention_ms`: how long an ended request is known; `deaths_limit`: workers that may die under one request."""
+
+    retention_ms: Positive = 3_600_000
+    deaths_limit: Positive = 3
+
+
+# ---- between actors ---------------------------------------------------------------------------------------
+
+
+class PlaceRequest(Message, frozen=True, tag="request.place"):
+    """requests > placement: this request wants a slot of a running instance of the model.
+
+    `accepted` orders the queue: a request that lost its worker goes before those that came after it.
+    """
+
+    request: Name
+    attempt: Positive
+    model: Name
+    accepted: Positive
+
+
+class RequestPlaced(Message, frozen=True, tag="request.placed"):
+    """placement > requests: a slot on this worker is reserved. `tier`: where the start came from."""
+
+    request: Name
+    attempt: Positive
+    worker: Name
+    tier: Literal["running", "dram", "ssd"] = "running"
+    waited_ns: Count = 0
+
+
+class PlacementRefused(Message, frozen=True, tag="placement.refused"):
+    """placement > requests: it cannot run at all, or the queue is full (`retry_ms`: when to come again)."""
+
+    request: Name
+    attempt: Positive
+    code: Literal["queue_full", "too_large", "unknown_model", "start_failed"]
+    reason: Text
+    retry_ms: Count = 0
+
+
+class SlotReleased(Message, frozen=True, tag="slot.released"):
+    """requests > placement: the request no longer wants or holds a slot."""
+
+    request: Name
+    attempt: Positive
+    model: Name
+
+
+class Span(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Durable positions [first, next) of one attempt: on whose token subject, between which pages.
+
+    `sealed` is the ledger sequence of the fact that states these tokens, 0 where the worker itself ended them.
+    """
+
+    worker: Name
+    epoch: Positive
+    attempt: Positive
+    first: Count
+    next: Count
+    first_page: Count
+    last_page: Count
+    sealed: Count = 0
+
+
+class RunSequence(Message, frozen=True, tag="sequence.run"):
+    """requests > gpu: run attempt `attempt` from position `position`; earlier tokens stand in the `history`."""
+
+    request: Name
+    attempt: Positive
+    model: Name
+    accepted: Positive
+    position: Count = 0
+    history: tuple[Span, ...] = ()
+    replies: tuple[ReplyTo, ...] = ()
+
+
+class StopSequence(Message, frozen=True, tag="sequence.stop"):
+    """requests > gpu: end it at the next step for this reason."""
+
+    request: Name
+    attempt: Positive
+    reason: Literal["cancelled", "deadline"]
+
+
+class ShowFrom(Message, frozen=True, tag="sequence.show"):
+    """requests > gpu: one more reader of a running sequence."""
+
+    request: Name
+    attempt: Positive
+    reply: ReplyTo
+
+
+class SequenceEnded(Message, frozen=True, tag="sequence.ended"):
+    """gpu > requests: the worker ended it (reason), or its epoch was sealed (reason empty unless a page said one).
+
+    `span` is absent where no position of this attempt became durable.
+    """
+
+    request: Name
+    attempt: Positive
+    reason: Literal["", "stop", "length", "cancelled", "deadline"]
+    span: Span | None = None
+    prompt_tokens: Count = 0
+
+
+class SequenceRejected(Message, frozen=True, tag="sequence.rejected"):
+    """gpu > requests: the worker did not take it, or failed on it. `retry`: another worker may do better."""
+
+    request: Name
+    attempt: Positive
+    reason: Text
+    code: Annotated[str, Meta(max_length=64)] = "invalid_request"
+    retry: bool = False
+    span: Span | None = None
+
+
+# ---- to the reader of control, which shows what no worker shows ---------------------------------------------
+
+
+class ShowPositions(Message, frozen=True, tag="positions.show"):
+    """requests > reader: show durable positions from `reply.start` on, read from these spans, again."""
+
+    request: Name
+    model: Name
+    replies: tuple[ReplyTo, ...]
+    spans: tuple[Span, ...]
+
+
+class RequestEnded(Message, frozen=True, tag="request.ended"):
+    """requests > reader: the request ended, once and for all.
+
+    `shown` says that the worker's own last page carries the end to its readers; otherwise the reader of control
+    shows it to `replies` at `positions`. `code` and `reason` explain an outcome other than finished.
+    """
+
+    request: Name
+    model: Name
+    outcome: Outcome
+    positions: Count
+    end: Literal["", "stop", "length"] = ""
+    code: Annotated[str, Meta(max_length=64)] = ""
+    reason: Text = ""
+    retry_ms: Count = 0
+    shown: bool = False
+    replies: tuple[ReplyTo, ...] = ()
+    spans: tuple[Span, ...] = ()
+    prompt_tokens: Count = 0
+    attempts: Count = 0
+    elapsed_ns: Count = 0
+
+
+class ReaderRefused(Message, frozen=True, tag="reader.refused"):
+    """requests > reader: no such request is known here (any more), or the key was used for another body."""
+
+    request: Name
+    reply: ReplyTo
+    code: Literal["unknown_request", "key_reused"]
+    reason: Text
+
+
+def body_digest(generation: Generation, model: str) -> Digest:
+    """Tells a repeated request from another one under the same key."""
+    data = msgspec.json.encode((model, generation))
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

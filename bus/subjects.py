@@ -1,0 +1,174 @@
+"""Every subject of a cell is made and parsed here, and nowhere else.
+
+    longshore.<cell>.fact.<actor>.<kind>               facts from outside, the only input of the cell   (LEDGER)
+    longshore.<cell>.said.<sender>.<receiver>.<kind>   what actors said while a fact was taken           (LEDGER)
+    longshore.<cell>.tokens.<driver>.<epoch>           one page of tokens per decode step                (TOKENS)
+    longshore.<cell>.submit.<model>                    requests whose acknowledgement is the acceptance  (INTAKE)
+    longshore.<cell>.infer.<model>                     requests with a streamed reply                    (no stream)
+    longshore.<cell>.refused.<model>                   submissions that can never be requests            (no stream)
+    longshore.<cell>.cancel.<request>                  cancel                                            (no stream)
+    longshore.<cell>.resume.<request>                  show again from a position                        (no stream)
+    longshore.<cell>.result.<request>                  the whole answer, or what is known of it          (no stream)
+    longshore.<cell>.admin.<verb>                      models and state, for operators                   (no stream)
+    longshore.<cell>.heartbeat.<driver>                liveness                                          (no stream)
+
+Names of actors and drivers are one subject token each (`gpu/s1/0`). Kinds may have several (`sequence.finished`).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+ROOT = "longshore"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}\Z")
+_PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
+MODEL_NAME_LIMIT = 200
+
+
+def valid_name(name: str) -> bool:
+    """Cells and servers: 1 to 63 letters, digits, `-` and `_`, beginning with a letter or digit."""
+    return _NAME.match(name) is not None
+
+
+def escape_model(model: str) -> str:
+    """A model's name as one subject token: every byte but letters, digits, `-` and `_` becomes `=` and two hex digits.
+
+    >>> escape_model("meta/Llama-3.1")
+    'meta=2FLlama-3=2E1'
+    """
+    return "".join(c if c in _PLAIN else "".join(f"={b:02X}" for b in c.encode()) for c in model)
+
+
+def unescape_model(token: str) -> str:
+    """The inverse of `escape_model`. Raises ValueError where the token is not one that it makes."""
+    data = bytearray()
+    i = 0
+    while i < len(token):
+        if token[i] == "=":
+            data.append(int(token[i + 1 : i + 3], 16))
+            i += 3
+        else:
+            data += token[i].encode()
+            i += 1
+    model = data.decode()
+    if escape_model(model) != token:
+        raise ValueError(f"{token!r} is not an escaped model name")
+    return model
+
+
+class FactSubject(NamedTuple):
+    actor: str
+    kind: str
+
+
+class SaidSubject(NamedTuple):
+    sender: str
+    receiver: str
+    kind: str
+
+
+class Subjects:
+    """The subjects of one cell."""
+
+    def __init__(self, cell: str) -> None:
+        if not valid_name(cell):
+            raise ValueError(f"cell name {cell!r}: use 1 to 63 letters, digits, '-' and '_'")
+        self.cell = cell
+        self.prefix = f"{ROOT}.{cell}"
+        self._fact = f"{self.prefix}.fact."
+        self._said = f"{self.prefix}.said."
+
+    # streams
+    @property
+    def ledger_stream(self) -> str:
+        return f"LEDGER_{self.cell}"
+
+    @property
+    def tokens_stream(self) -> str:
+        return f"TOKENS_{self.cell}"
+
+    @property
+    def intake_stream(self) -> str:
+        return f"INTAKE_{self.cell}"
+
+    @property
+    def ledger_filters(self) -> list[str]:
+        return [self._fact + ">", self._said + ">"]
+
+    @property
+    def tokens_filter(self) -> str:
+        return f"{self.prefix}.tokens.>"
+
+    @property
+    def submit_filter(self) -> str:
+        return f"{self.prefix}.submit.>"
+
+    # the ledger
+    def fact(self, actor: str, kind: str) -> str:
+        return f"{self._fact}{actor}.{kind}"
+
+    def facts(self) -> str:
+        return self._fact + ">"
+
+    def facts_of(self, actor: str) -> str:
+        return f"{self._fact}{actor}.>"
+
+    def said(self, sender: str, receiver: str, kind: str) -> str:
+        return f"{self._said}{sender}.{receiver}.{kind}"
+
+    def said_to(self, receiver: str) -> str:
+        return f"{self._said}*.{receiver}.>"
+
+    def parse(self, subject: str) -> FactSubject | SaidSubject | None:
+        """What a ledger subject says; None for anything else."""
+        if subject.startswith(self._fact):
+            actor, _, kind = subject[len(self._fact) :].partition(".")
+            return FactSubject(actor, kind) if actor and kind else None
+        if subject.startswith(self._said):
+            parts = subject[len(self._said) :].split(".", 2)
+            return SaidSubject(*parts) if len(parts) == 3 and all(parts) else None
+        return None
+
+    # tokens
+    def tokens(self, driver: str, epoch: int) -> str:
+        """The subject of one epoch of one worker: `driver` is a name such as `gpu/s1/0`."""
+        return f"{self.prefix}.tokens.{driver}.{epoch}"
+
+    # clients
+    def infer(self, model: str) -> str:
+        return f"{self.prefix}.infer.{escape_model(model)}"
+
+    def submit(self, model: str) -> str:
+        return f"{self.prefix}.submit.{escape_model(model)}"
+
+    def cancel(self, request: str) -> str:
+        return f"{self.prefix}.cancel.{request}"
+
+    def resume(self, request: str) -> str:
+        return f"{self.prefix}.resume.{request}"
+
+    def result(self, request: str) -> str:
+        return f"{self.prefix}.result.{request}"
+
+    def refused(self, token: str) -> str:
+        """Where submissions that can never become a request are told; `token` is the escaped model."""
+        return f"{self.prefix}.refused.{token}"
+
+    def admin(self, verb: str) -> str:
+        return f"{self.prefix}.admin.{verb}"
+
+    def every(self, verb: str) -> str:
+        """All subjects of one verb (`infer`, `cancel`, ...), for whoever answers them."""
+        return f"{self.prefix}.{verb}.>"
+
+    def last_token(self, subject: str) -> str:
+        """What stands behind the verb: the escaped model, the request id, the admin verb."""
+        return subject[len(self.prefix) + 1 :].partition(".")[2]
+
+    # liveness
+    def heartbeat(self, driver: str) -> str:
+        return f"{self.prefix}.heartbeat.{driver}"
+
+    def heartbeats(self) -> str:
+        return f"{self.prefix}.heartbeat.>"

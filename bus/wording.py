@@ -1,0 +1,362 @@
+"""The words for every kind of message: one entry each, said by somebody to somebody.
+
+`sentence` in `bus.sentences` uses this table; a test sees to it that no kind is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from bus import messages as m
+from bus.messages.requests import Generation, ReplyTo, Span
+
+M = TypeVar("M", bound=m.Message)
+Words = Callable[[Any, str, str], str]
+
+WORDS: dict[type[m.Message], Words] = {}
+"""By type: (message, who says it, to whom) -> sentence. Of a fact, the second is the actor it is for."""
+
+
+def _say(kind: type[M], words: Callable[[M, str, str], str]) -> None:
+    WORDS[kind] = words
+
+
+# ---- parts of sentences -------------------------------------------------------------------------------------
+
+
+def short(request: str) -> str:
+    """A request id as people can read it; `longshore tail --request` takes it as it stands here, without the dots."""
+    return request if len(request) <= 10 else request[:8] + "…"
+
+
+def duration(nanoseconds: int) -> str:
+    """
+    >>> duration(240_000_000), duration(1_500_000_000), duration(85_000), duration(90_000_000_000)
+    ('240 ms', '1.5 s', '85 us', '90 s')
+    """
+    if nanoseconds < 1_000_000:
+        return f"{nanoseconds / 1e3:.0f} us"
+    if nanoseconds < 1_000_000_000:
+        return f"{nanoseconds / 1e6:.0f} ms"
+    return f"{nanoseconds / 1e9:.1f} s" if nanoseconds < 10_000_000_000 else f"{nanoseconds / 1e9:.0f} s"
+
+
+def size(count: int) -> str:
+    """
+    >>> size(900), size(120_000_000), size(3_200_000_000)
+    ('900 B', '120 MB', '3.2 GB')
+    """
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):  # noqa: B007
+        if value < 999.5:
+            break
+        value /= 1000
+    return f"{value:.1f} {unit}" if unit != "B" and value < 10 else f"{value:.0f} {unit}"
+
+
+def plural(count: int, one: str, many: str = "") -> str:
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
+def names(items: Sequence[str], limit: int = 3) -> str:
+    """At most `limit` of them, and how many there are besides."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return (", ".join(items[:limit]) or "nothing") + more
+
+
+def why(reason: str) -> str:
+    return f": {reason}" if reason else ""
+
+
+def _input(generation: Generation) -> str:
+    if generation.prompt is not None:
+        return plural(len(generation.prompt.split()), "word")
+    if generation.messages is not None:
+        return plural(len(generation.messages), "message")
+    return plural(len(generation.tokens or ()), "prompt token")
+
+
+def _attempt(attempt: int) -> str:
+    return f" (attempt {attempt})" if attempt > 1 else ""
+
+
+def _from(position: int) -> str:
+    return f" from position {position} on" if position else ""
+
+
+def _reader(reply: ReplyTo | None) -> str:
+    return "nobody" if reply is None else f"{reply.subject}{_from(reply.start)}"
+
+
+def _readers(replies: Sequence[ReplyTo]) -> str:
+    return _reader(replies[0]) if len(replies) == 1 else plural(len(replies), "reader")
+
+
+def _positions(first: int, next_: int) -> str:
+    return "no position" if next_ <= first else f"positions {first} to {next_ - 1}"
+
+
+def _span(span: Span | None) -> str:
+    return "" if span is None else f", {_positions(span.first, span.next)} are durable"
+
+
+def _retry(retry: bool) -> str:
+    return "; another may do better" if retry else ""
+
+
+def _tier(tier: str) -> str:
+    return {"ssd": "SSD", "dram": "DRAM"}.get(tier, tier)
+
+
+def _evicts(models: Sequence[str]) -> str:
+    return f"; evicts {names(models)}, idle longest" if models else ""
+
+
+def _ended(m_: m.RequestEnded) -> str:
+    what = {"finished": f"finished ({m_.end})" if m_.end else "finished", "deadline": "went past its deadline"}
+    text = f"request {short(m_.request)} {what.get(m_.outcome, 'was ' + m_.outcome)}"
+    if m_.outcome == "failed":
+        text = f"request {short(m_.request)} failed"
+    text += f" after {plural(m_.positions, 'token')}"
+    text += f" in {duration(m_.elapsed_ns)}" if m_.elapsed_ns else ""
+    text += f", {m_.attempts} attempts" if m_.attempts > 1 else ""
+    return text + why(m_.reason)
+
+
+def _decided(m_: m.PlacementDecided) -> str:
+    best = next((c for c in m_.candidates if c.worker == m_.worker), None)
+    text = f"placement starts {m_.model} on {m_.worker}"
+    if best is not None:
+        text += f" from {_tier(best.tier)} in about"
+        text += f" {duration(best.queue_ns + best.load_ns + best.free_ns + best.attach_ns)}"
+    text += f" for request {short(m_.request)} (weighed {plural(m_.weighed, 'worker')}"
+    text += f", {m_.waiting} waiting" if m_.waiting > 1 else ""
+    return text + (_evicts(best.evict) if best is not None else "") + ")"
+
+
+# ---- requests -----------------------------------------------------------------------------------------------
+
+_say(
+    m.RequestAccepted,
+    lambda e, s, r: (
+        f"request {short(e.request)} for {e.model} accepted from {e.client} "
+        f"({_input(e.generation)}, at most {plural(e.generation.max_tokens, 'token')})"
+    ),
+)
+_say(m.CancelRequested, lambda e, s, r: f"request {short(e.request)} is to be cancelled")
+_say(m.ReaderAttached, lambda e, s, r: f"{_reader(e.reply)} wants to read request {short(e.request)}")
+_say(
+    m.RequestsConfigured,
+    lambda e, s, r: (
+        f"results are kept {duration(e.retention_ms * 1_000_000)} after the end, "
+        f"and a request may outlive {plural(e.deaths_limit, 'death')} of its worker"
+    ),
+)
+_say(m.PlaceRequest, lambda e, s, r: f"request {short(e.request)} wants a slot of {e.model}{_attempt(e.attempt)}")
+_say(
+    m.RequestPlaced,
+    lambda e, s, r: (
+        f"request {short(e.request)} gets a slot on {e.worker}, "
+        + ("where its model runs" if e.tier == "running" else f"started from {_tier(e.tier)}")
+        + (f", after {duration(e.waited_ns)}" if e.waited_ns else "")
+    ),
+)
+_say(
+    m.PlacementRefused,
+    lambda e, s, r: (
+        f"request {short(e.request)} gets no place ({e.code}){why(e.reason)}"
+        + (f"; come again in {duration(e.retry_ms * 1_000_000)}" if e.retry_ms else "")
+    ),
+)
+_say(m.SlotReleased, lambda e, s, r: f"request {short(e.request)} needs no slot of {e.model} any more")
+_say(
+    m.RunSequence,
+    lambda e, s, r: (
+        f"{r} is to run request {short(e.request)} on {e.model}{_from(e.position)}{_attempt(e.attempt)} "
+        f"for {_readers(e.replies)}"
+    ),
+)
+_say(m.StopSequence, lambda e, s, r: f"{r} is to end request {short(e.request)}: {e.reason}")
+_say(m.ShowFrom, lambda e, s, r: f"{r} is to show request {short(e.request)} to {_reader(e.reply)} as well")
+_say(
+    m.SequenceEnded,
+    lambda e, s, r: (
+        f"request {short(e.request)} "
+        + (f"ended on {s} ({e.reason})" if e.reason else f"was cut off when {s} was sealed")
+        + _span(e.span)
+    ),
+)
+_say(
+    m.SequenceRejected,
+    lambda e, s, r: (
+        f"{s} does not go on with request {short(e.request)}{why(e.reason)}{_span(e.span)}{_retry(e.retry)}"
+    ),
+)
+_say(
+    m.ShowPositions, lambda e, s, r: f"what is durable of request {short(e.request)} is shown to {_readers(e.replies)}"
+)
+_say(m.RequestEnded, lambda e, s, r: _ended(e))
+_say(m.ReaderRefused, lambda e, s, r: f"{_reader(e.reply)} cannot read request {short(e.request)}{why(e.reason)}")
+
+# ---- models, servers, instances -------------------------------------------------------------------------------
+
+_say(m.ModelAdded, lambda e, s, r: f"model {e.model} was added")
+_say(m.ModelRemoved, lambda e, s, r: f"model {e.model} is to go")
+_say(m.PlacementConfigured, lambda e, s, r: f"at most {plural(e.queue_limit, 'request')} may wait for a slot")
+_say(
+    m.ServerReady,
+    lambda e, s, r: (
+        f"server {e.server} is up with {size(e.dram_bytes)} of DRAM and {plural(len(e.models), 'model')}: "
+        f"{names([held.card.model for held in e.models])}"
+    ),
+)
+_say(m.ServerGone, lambda e, s, r: f"server {e.server} is gone")
+_say(
+    m.ModelHeld,
+    lambda e, s, r: (
+        f"{e.server} holds {e.card.model} ({size(e.card.weight_bytes)}) in {_tier(e.tier)}"
+        + (f", loaded in {duration(e.duration_ns)}" if e.duration_ns else "")
+    ),
+)
+_say(m.ModelGone, lambda e, s, r: f"{e.server} no longer holds {e.model}")
+_say(m.LookForModel, lambda e, s, r: f"{r} is to look for {e.model}")
+_say(m.DropModel, lambda e, s, r: f"{r} is to delete {e.model} once nobody uses it")
+_say(
+    m.WorkerReady,
+    lambda e, s, r: (
+        f"worker {e.worker} is up with {size(e.memory_bytes)} and up to {plural(e.max_slots, 'slot')} for each model"
+    ),
+)
+_say(m.WorkerGone, lambda e, s, r: f"worker {e.worker} is gone")
+_say(
+    m.StartInstance,
+    lambda e, s, r: (
+        f"{r} is to start {e.model} with {plural(e.slots, 'slot')}"
+        + (f", after stopping {names(e.evict)}" if e.evict else "")
+    ),
+)
+_say(m.StopInstance, lambda e, s, r: f"{r} is to stop {e.model}, which is idle")
+_say(
+    m.InstanceReady,
+    lambda e, s, r: (
+        f"{e.model} runs on {e.worker} with {plural(e.slots, 'slot')}, from {_tier(e.tier)}"
+        + (f", attached in {duration(e.attach_ns)}" if e.attach_ns else "")
+    ),
+)
+_say(m.InstanceFailed, lambda e, s, r: f"{e.model} does not start on {e.worker}{why(e.reason)}{_retry(e.retry)}")
+_say(m.InstanceStopped, lambda e, s, r: f"{e.model} is stopped on {e.worker}, its memory is free")
+_say(m.LeaseModel, lambda e, s, r: f"{e.worker} needs {e.model} in DRAM")
+_say(m.LeaseReturned, lambda e, s, r: f"{e.worker} needs {e.model} no longer")
+_say(m.LeaseGranted, lambda e, s, r: f"{e.model} lies in DRAM for {r}, from {_tier(e.tier)}")
+_say(m.LeaseRefused, lambda e, s, r: f"{e.model} does not get into DRAM for {r}{why(e.reason)}{_retry(e.retry)}")
+_say(m.PlacementDecided, lambda e, s, r: _decided(e))
+_say(
+    m.InstanceDraining,
+    lambda e, s, r: f"{e.model} takes nothing new on {e.worker}, to make room for request {short(e.wanted_by)}",
+)
+
+# ---- drivers: their life --------------------------------------------------------------------------------------
+
+_say(
+    m.StoreStarted,
+    lambda e, s, r: (
+        f"store of {e.server} started with {size(e.dram_bytes)} of DRAM, found "
+        f"{names([held.card.model for held in e.models])}"
+    ),
+)
+_say(m.WorkerStarted, lambda e, s, r: f"worker {s} started on {e.device} with {size(e.memory_bytes)}")
+_say(m.DriverLost, lambda e, s, r: f"{e.driver} is lost (epoch {e.epoch}){why(e.reason)}")
+_say(m.EpochClosed, lambda e, s, r: f"epoch {e.epoch} of {e.driver} is closed{why(e.reason)}")
+
+# ---- drivers: stores ------------------------------------------------------------------------------------------
+
+_say(m.LoadModel, lambda e, s, r: f"{r}: load {e.model} to DRAM")
+_say(
+    m.ModelLoaded,
+    lambda e, s, r: f"{s} loaded {e.model}, {size(e.loaded_bytes)} in {duration(e.duration_ns)}",
+)
+_say(
+    m.LoadFailed,
+    lambda e, s, r: f"{s} could not load {e.model}{why(e.reason)}" + ("; it is of no use there" if e.gone else ""),
+)
+_say(m.EvictModel, lambda e, s, r: f"{r}: let {e.model} go from DRAM{why(e.reason)}")
+_say(m.ModelEvicted, lambda e, s, r: f"{s} let {e.model} go from DRAM")
+_say(m.FindModel, lambda e, s, r: f"{r}: look whether {e.model} lies there")
+_say(m.ModelFound, lambda e, s, r: f"{s} found {e.card.model}, {size(e.card.weight_bytes)}")
+_say(m.ModelMissing, lambda e, s, r: f"{s} has no {e.model}{why(e.reason)}")
+_say(m.DeleteModel, lambda e, s, r: f"{r}: delete {e.model}")
+_say(m.ModelDeleted, lambda e, s, r: f"{s} deleted {e.model}")
+
+# ---- drivers: workers -----------------------------------------------------------------------------------------
+
+_say(
+    m.AttachModel,
+    lambda e, s, r: f"{r}: attach {e.model} with {plural(e.slots, 'slot')} and {size(e.kv_bytes)} for their cache",
+)
+_say(
+    m.ModelAttached,
+    lambda e, s, r: f"{s} attached {e.model} with {plural(e.slots, 'slot')} in {duration(e.duration_ns)}",
+)
+_say(m.AttachFailed, lambda e, s, r: f"{s} could not attach {e.model}{why(e.reason)}{_retry(e.retry)}")
+_say(m.DetachModel, lambda e, s, r: f"{r}: detach {e.model}")
+_say(m.ModelDetached, lambda e, s, r: f"{s} detached {e.model}")
+_say(
+    m.StartSequence,
+    lambda e, s, r: (
+        f"{r}: decode request {short(e.request)} with {e.model}{_from(e.position)}{_attempt(e.attempt)} "
+        f"for {_readers(e.replies)}"
+    ),
+)
+_say(m.CancelSequence, lambda e, s, r: f"{r}: end request {short(e.request)} ({e.reason})")
+_say(
+    m.CancelTaken,
+    lambda e, s, r: f"{s} " + ("ends" if e.found else "no longer has") + f" request {short(e.request)}",
+)
+_say(m.AddReader, lambda e, s, r: f"{r}: show request {short(e.request)} to {_reader(e.reply)} as well")
+_say(
+    m.ReaderAdded,
+    lambda e, s, r: (
+        f"{s} " + ("shows" if e.found else "no longer has") + f" request {short(e.request)} for {_reader(e.reply)}"
+    ),
+)
+_say(
+    m.SequenceFinished,
+    lambda e, s, r: (
+        f"{s} finished request {short(e.request)} ({e.reason}): {_positions(e.first, e.next)}"
+        + (f", first token after {duration(e.prefill_ns)}" if e.prefill_ns else "")
+        + (f", all in {duration(e.total_ns)}" if e.total_ns else "")
+    ),
+)
+_say(
+    m.SequenceRefused,
+    lambda e, s, r: f"{s} does not take request {short(e.request)}{why(e.reason)}{_retry(e.retry)}",
+)
+_say(
+    m.SequenceFailed,
+    lambda e, s, r: f"{s} failed on request {short(e.request)}{why(e.reason)}; {_positions(e.first, e.next)} stand",
+)
+_say(
+    m.ProgressReported,
+    lambda e, s, r: f"{s} is at " + names([f"position {one.next} of {short(one.request)}" for one in e.sequences]),
+)
+_say(m.SealTokens, lambda e, s, r: f"the tokens of {e.worker}, epoch {e.epoch}, are to be sealed")
+_say(
+    m.SequencesSealed,
+    lambda e, s, r: (
+        f"the tokens of {e.worker}, epoch {e.epoch}, are sealed: "
+        + names([f"{_positions(q.first, q.first + len(q.tokens))} of {short(q.request)}" for q in e.sequences])
+        + (f" (part {e.part + 1} of {e.parts})" if e.parts > 1 else "")
+    ),
+)
+
+# ---- the cell itself ------------------------------------------------------------------------------------------
+
+_say(m.SetTimer, lambda e, s, r: f"{s} wants to be woken about {e.about}")
+_say(m.TimerFired, lambda e, s, r: f"it is time for {r}: {e.about}")
+_say(m.RulesActivated, lambda e, s, r: f"decisions follow rule version {e.version} from here on")
+_say(
+    m.DifferenceAccepted,
+    lambda e, s, r: f"an operator accepts the recorded message {e.index} of fact {e.fact} as it is{why(e.note)}",
+)
+_say(m.StepSkipped, lambda e, s, r: f"fact {e.fact} was skipped, {e.actor} failed on it{why(e.reason)}")

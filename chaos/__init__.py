@@ -1,0 +1,1 @@
+"""What if time were ours, and things broke? Simulated worlds and injected faults."""

@@ -1,0 +1,256 @@
+"""From a Hugging Face directory to the state of the module that computes it, by way of transformers.
+
+transformers renames and fuses tensors while it loads (the experts of a Mixtral, for example), so the keys of a
+checkpoint are not the parameters of the module. What is packed is the module's side of that conversion.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from loaders.errors import CheckpointError, enumerate_some, quote
+from loaders.first_use import probe_forward
+from loaders.source import SourceCheckpoint
+
+_MODULE_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+@dataclass(frozen=True)
+class ModuleState:
+    """The state of a loaded module. `tensors` is in order of first use and holds tied tensors once."""
+
+    tensors: dict[str, torch.Tensor]
+    aliases: dict[str, str]
+    """Other names of stored tensors: alias -> name in `tensors`."""
+    original_names: dict[str, tuple[str, ...]]
+    """Names in the source, for the tensors that were renamed or made of several."""
+    architecture: str
+    model_type: str
+    dtype: str
+    parameters: int
+    layers: int
+    context: int | None
+    vocab_size: int
+    kv_bytes_per_token: int
+
+
+def load_module_state(source: SourceCheckpoint) -> ModuleState:
+    """Loads the whole model into memory, in the dtype it is stored in. CheckpointError if anything is missing or left
+    over.
+    """
+    check_architecture(source)
+    dtype = _MODULE_DTYPES.get(source.main_dtype)
+    if dtype is None:
+        raise CheckpointError(
+            f"{source.directory}: its weights are stored as {source.main_dtype}; "
+            "quantised checkpoints cannot be packed yet"
+        )
+    _check_memory(source)
+    with quiet_transformers():
+        _check_config(source.directory)
+        _check_tokenizer(source.directory)
+        model = _load(source.directory, dtype)
+        state = _state_of(model, source.directory)
+        probe = probe_forward(model.config, dtype)
+        order = [name for name in probe.order if name in state]
+        order += [name for name in state if name not in set(order)]
+        tensors, aliases = _untie({name: state[name] for name in order}, set(model.all_tied_weights_keys))
+        text_config = model.config.get_text_config()
+        return ModuleState(
+            tensors=tensors,
+            aliases=aliases,
+            original_names=_original_names(model, source, tensors, aliases),
+            architecture=type(model).__name__,
+            model_type=str(model.config.model_type),
+            dtype=str(dtype).removeprefix("torch."),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            layers=int(text_config.num_hidden_layers),
+            context=_context(text_config),
+            vocab_size=int(text_config.vocab_size),
+            kv_bytes_per_token=probe.kv_bytes_per_token,
+        )
+
+
+def check_architecture(source: SourceCheckpoint) -> None:
+    """That transformers itself can compute this model as a decoder; no code from the checkpoint is ever run."""
+    where, config = source.directory / "config.json", source.config
+    model_type = config.get("model_type")
+    if type(model_type) is not str:
+        raise CheckpointError(f"{where} names no model_type, so nobody knows how to compute this model")
+    version = transformers.__version__
+    auto: Any = transformers.models.auto
+    known = auto.configuration_auto.CONFIG_MAPPING_NAMES
+    if model_type not in known:
+        if "auto_map" in config:
+            raise CheckpointError(
+                f"{where}: {quote(model_type)} needs code that comes with the checkpoint; such code is not run"
+            )
+        raise CheckpointError(f"{where}: transformers {version} does not know the model type {quote(model_type)}")
+    architectures = config.get("architectures")
+    if type(architectures) is list and architectures and not hasattr(transformers, str(architectures[0])):
+        raise CheckpointError(
+            f"{where}: transformers {version} does not know the architecture {quote(str(architectures[0]))}"
+        )
+    causal = auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if config.get("is_encoder_decoder") or model_type not in causal:
+        raise CheckpointError(
+            f"{where}: {quote(model_type)} is not a decoder-only language model; only those can be packed"
+        )
+    if config.get("quantization_config"):
+        raise CheckpointError(f"{where}: the checkpoint is quantised, and quantised checkpoints cannot be packed yet")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No warnings and no progress bars of transformers: what goes wrong here is said in one sentence of ours."""
+    log: Any = transformers.utils.logging
+    verbosity, progress = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity(log.CRITICAL)
+    log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.set_verbosity(verbosity)
+        if progress:
+            log.enable_progress_bar()
+
+
+def _load(directory: Path, dtype: torch.dtype) -> Any:
+    try:
+        loader: Any = transformers.AutoModelForCausalLM
+        model, found = loader.from_pretrained(
+            directory,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            # Not to accept them: so that they are named below, beside what is missing, instead of in a traceback.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    # transformers raises whatever the model's own code raises; a user's broken checkpoint must not become a traceback.
+    except Exception as error:
+        raise CheckpointError(f"{directory}: transformers cannot load it: {_one_line(error)}") from error
+    mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in found["mismatched_keys"])
+    if mismatched:
+        raise CheckpointError(
+            f"{directory}: the shape of {enumerate_some(mismatched)} is not the one that config.json asks for"
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{directory}: the weights lack {enumerate_some(missing)}, which the model needs")
+    unexpected = sorted(key for key in found["unexpected_keys"] if not key.startswith("__padding__."))
+    if unexpected:
+        raise CheckpointError(
+            f"{directory}: the weights hold {enumerate_some(unexpected)}, which the model does not use"
+        )
+    if found["error_msgs"]:
+        raise CheckpointError(f"{directory}: transformers cannot load it: {found['error_msgs'][0]}")
+    return model.eval()
+
+
+def _check_config(directory: Path) -> None:
+    """Separately and first, so that a broken config.json is not blamed on the tokenizer, which reads it too."""
+    try:
+        transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        where = directory / "config.json"
+        raise CheckpointError(f"{where}: transformers cannot use it: {_one_line(error)}") from error
+
+
+def _check_tokenizer(directory: Path) -> None:
+    try:
+        transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(f"{directory}: its tokenizer cannot be used: {_one_line(error)}") from error
+
+
+def _check_memory(source: SourceCheckpoint) -> None:
+    available = available_memory_bytes()
+    if available is not None and source.bytes > available:
+        raise CheckpointError(
+            f"{source.directory} holds {source.bytes / 1e9:.1f} GB of weights but only {available / 1e9:.1f} GB "
+            "of memory are free; pack it on a larger machine"
+        )
+
+
+def available_memory_bytes() -> int | None:
+    """What the kernel says can be taken without swapping; None where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _state_of(model: Any, directory: Path) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by name, in module order."""
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+            raise CheckpointError(f"{directory}: the state {quote(name)} of the model is no plain tensor")
+        if tensor.is_meta:
+            raise CheckpointError(f"{directory}: transformers left {quote(name)} without a value")
+        state[name] = tensor.detach()
+    return state
+
+
+def _untie(state: Mapping[str, torch.Tensor], tied_targets: set[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(every tensor once, the other names of those that have several). Of several names the one that transformers
+    loads is kept.
+    """
+    names_by_memory: dict[tuple[object, ...], list[str]] = {}
+    for name, tensor in state.items():
+        # An empty tensor has no address that could tell it from another empty one.
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        names_by_memory.setdefault(place, []).append(name)
+    tensors: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    for names in names_by_memory.values():
+        kept = next((name for name in names if name not in tied_targets), names[0])
+        tensors[kept] = state[kept]
+        aliases.update({name: kept for name in names if name != kept})
+    return tensors, dict(sorted(aliases.items()))
+
+
+def _original_names(
+    model: Any, source: SourceCheckpoint, tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str]
+) -> dict[str, tuple[str, ...]]:
+    """For every tensor that is not stored under its own name alone: the names in the source that it was made from."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = {**tensors, **{alias: tensors[name] for alias, name in aliases.items()}}
+    found: dict[str, list[str]] = {}
+    for record in source.tensors:
+        name, _ = rename_source_key(record.name, renamings, converters, model.base_model_prefix, state)
+        if name not in state and record.name in state:
+            name = record.name
+        found.setdefault(aliases.get(name, name), []).append(record.name)
+    return {name: tuple(found[name]) for name in tensors if found.get(name, [name]) != [name]}
+
+
+def _context(config: Any) -> int | None:
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"):
+        value = getattr(config, name, None)
+        if type(value) is int and value > 0:
+            return value
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    """What a library said, on one line and not endless."""
+    text = " ".join(str(error).split())
+    return (text[:300] + "..." if len(text) > 300 else text) or type(error).__name__

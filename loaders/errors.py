@@ -1,0 +1,20 @@
+"""The one error of this room."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used, or an operation on it that cannot be done.
+
+    The text is one sentence for the person at the terminal: what is wrong, where (file, chunk, tensor), what to do.
+    """
+
+
+def quote(name: str) -> str:
+    """`name` from an untrusted file, printable on one line and at most about 80 characters long."""
+    shown = name if len(name) <= 80 else name[:60] + "..." + name[-15:]
+    return repr(shown)
+
+
+def enumerate_some(names: list[str], limit: int = 3) -> str:
+    """The first `limit` names, quoted, and how many more there are."""
+    shown = ", ".join(quote(name) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

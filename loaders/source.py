@@ -1,0 +1,147 @@
+"""A Hugging Face directory before it is packed: everything that can be wrong with it, found without reading its
+weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from loaders.errors import CheckpointError, enumerate_some, quote
+from loaders.header import TensorRecord, read_header
+from loaders.layout import PADDING_PREFIX
+from loaders.manifest import COMPANION_LIMIT_BYTES
+from loaders.packed import WEIGHTS_NAME
+from loaders.reading import read_bounded, require_plain_name
+
+CONFIG_LIMIT_BYTES = 16 << 20
+INDEX_LIMIT_BYTES = 128 << 20
+INDEX_NAME = "model.safetensors.index.json"
+
+# Any one of these is enough to make a tokenizer from.
+TOKENIZER_NAMES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+)
+OTHER_NAMES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceCheckpoint:
+    """A directory whose weights are all there, as far as headers and sizes tell."""
+
+    directory: Path
+    config: Mapping[str, Any]
+    tensors: tuple[TensorRecord, ...]
+    """The tensors of all shards, sorted by name; offsets are within their shard. Padding of a packed source is left
+    out.
+    """
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(record.end - record.begin for record in self.tensors)
+
+    @property
+    def main_dtype(self) -> str:
+        """The dtype, as safetensors names it, that most bytes have."""
+        sizes: dict[str, int] = {}
+        for record in self.tensors:
+            sizes[record.dtype] = sizes.get(record.dtype, 0) + record.end - record.begin
+        return max(sizes, key=lambda dtype: (sizes[dtype], dtype))
+
+
+def inspect_source(directory: Path) -> SourceCheckpoint:
+    """Checks directory, config.json, tokenizer and every shard's header and size; one CheckpointError per kind of
+    trouble.
+    """
+    if not directory.exists():
+        raise CheckpointError(f"there is no directory {directory}")
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory but a file; give the directory that holds config.json")
+    config_path = directory / "config.json"
+    if not config_path.exists():
+        raise CheckpointError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint")
+    config = _read_object(config_path, CONFIG_LIMIT_BYTES)
+    tensors: list[TensorRecord] = []
+    for path, expected in _shards(directory):
+        records = read_header(path).tensors
+        missing = sorted(expected - {record.name for record in records})
+        if missing:
+            raise CheckpointError(
+                f"{path} lacks {enumerate_some(missing)}, which {INDEX_NAME} says it holds; get it again"
+            )
+        tensors += [record for record in records if not record.name.startswith(PADDING_PREFIX)]
+    names = sorted(record.name for record in tensors)
+    for first, second in pairwise(names):
+        if first == second:
+            raise CheckpointError(f"{directory}: tensor {quote(first)} stands in two shards; download it again")
+    if not any(record.end > record.begin for record in tensors):
+        raise CheckpointError(f"{directory}: its weights are empty; download it again")
+    if not any((directory / name).exists() for name in TOKENIZER_NAMES) and not list(directory.glob("*.tiktoken")):
+        raise CheckpointError(
+            f"{directory} has no tokenizer (such as tokenizer.json); copy it there from the model's source"
+        )
+    return SourceCheckpoint(directory, config, tuple(sorted(tensors, key=lambda record: record.name)))
+
+
+def read_companions(directory: Path) -> dict[str, bytes]:
+    """Configuration, tokenizer and chat template, by name: what is copied beside the packed weights."""
+    names = sorted({*OTHER_NAMES, *TOKENIZER_NAMES, *(path.name for path in directory.glob("*.tiktoken"))})
+    return {
+        name: read_bounded(directory / name, COMPANION_LIMIT_BYTES) for name in names if (directory / name).exists()
+    }
+
+
+def _shards(directory: Path) -> list[tuple[Path, set[str]]]:
+    """Every file with weights, and the tensors that the index expects in it (none is expected without an index)."""
+    single = directory / WEIGHTS_NAME
+    if single.exists():
+        return [(single, set())]
+    index_path = directory / INDEX_NAME
+    if not index_path.exists():
+        others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.gguf") for path in directory.glob(pattern))
+        hint = f"; {quote(others[0])} is not read, convert it to safetensors first" if others else ""
+        raise CheckpointError(f"{directory} has no weights ({WEIGHTS_NAME} or {INDEX_NAME}){hint}")
+    weight_map = _read_object(index_path, INDEX_LIMIT_BYTES).get("weight_map")
+    if type(weight_map) is not dict or not weight_map or not all(type(name) is str for name in weight_map.values()):
+        raise CheckpointError(f"{index_path} has no weight_map from tensors to files; download it again")
+    expected: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        expected.setdefault(require_plain_name(name, str(index_path)), set()).add(tensor)
+    for name in sorted(expected):
+        if not (directory / name).exists():
+            raise CheckpointError(
+                f"{directory} lacks the shard {quote(name)} that {INDEX_NAME} names; download it again"
+            )
+    return [(directory / name, expected[name]) for name in sorted(expected)]
+
+
+def _read_object(path: Path, limit: int) -> dict[str, Any]:
+    content = read_bounded(path, limit)
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
+    if type(document) is not dict:
+        raise CheckpointError(f"{path} is not a JSON object; download it again")
+    return document

@@ -1,0 +1,1 @@
+"""How tokens are computed: engine, KV cache, sampling, tokenization."""

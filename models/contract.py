@@ -1,0 +1,128 @@
+"""What an engine promises, without a line of how: the driver, the benches and the stub all meet here.
+
+An engine holds a fixed number of sequences, each in a slot of its KV cache. `admit` reserves a slot and computes
+nothing; every `step` computes at most one prefill chunk and one token for each decoding sequence. Sequences join and
+leave between any two steps, and what one sequence says does not depend on which others are there.
+
+An engine belongs to one thread: none of its methods may run at the same time as another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+NO_TOKEN = -1
+"""Token id of an event that carries an end and no token."""
+
+
+class AdmissionRefused(Exception):
+    """The engine will not take this sequence; the message is one sentence, and the engine is as it was before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen and when the answer ends.
+
+    `max_tokens` counts tokens of the answer, an end-of-sequence token included. `temperature` 0 takes the most likely
+    token; `top_k` 0 and `top_p` 1 leave every token in. `seed` may be any integer: its low 64 bits count. `stop` holds
+    strings that end the answer as soon as one of them is complete in its text; it is not shown.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStart:
+    """A sequence as it enters an engine, from its beginning or from where another engine left it.
+
+    `generated` are the tokens of the answer that are durable already: they are computed again and not emitted again,
+    and the next event has position `len(generated)`.
+    """
+
+    key: str
+    prompt: tuple[int, ...]
+    generated: tuple[int, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One token of one answer.
+
+    `position` counts from 0 within the answer. `text` is what became certain with this token: it may be empty (half a
+    character, the beginning of a stop string), and joined over all positions it is the answer's text; it follows from
+    prompt and tokens alone. `end` is None, "stop" (end-of-sequence token or stop string) or "length" (`max_tokens` or
+    the context is full); after an event with an end the sequence has left the engine.
+
+    When the `generated` of a start had ended already, the only event is one without a token: `token` is NO_TOKEN,
+    `position` is `len(generated)`, `text` is empty and `end` is set.
+    """
+
+    key: str
+    position: int
+    token: int
+    text: str
+    end: str | None
+
+
+class Engine(Protocol):
+    """See the head of this file."""
+
+    @property
+    def slots(self) -> int:
+        """Sequences it can hold at once."""
+
+    @property
+    def context(self) -> int:
+        """Tokens that one sequence can hold, prompt and answer together."""
+
+    def admit(self, start: SequenceStart) -> None:
+        """Reserve a slot; raises AdmissionRefused. Cheap: computes nothing."""
+
+    def cancel(self, key: str) -> bool:
+        """Free the slot of this sequence now, without an event; False if it is not here."""
+
+    def active(self) -> int:
+        """Sequences that hold a slot."""
+
+    def step(self) -> list[TokenEvent]:
+        """Compute once: at most one prefill chunk and one token per decoding sequence; [] when there is nothing to do.
+
+        A sequence whose prefill is finished by this step emits its first token in it. No sequence has two events.
+        """
+
+
+def check_start(start: SequenceStart, *, context: int, vocabulary: int) -> None:
+    """Raise AdmissionRefused, in one sentence, for what no engine of this context and vocabulary can take."""
+    sampling = start.sampling
+    if not start.prompt:
+        raise AdmissionRefused("The prompt is empty: send at least one token.")
+    if len(start.prompt) >= context:
+        raise AdmissionRefused(
+            f"The prompt has {len(start.prompt)} tokens and the context holds {context}, answer included: "
+            "shorten the prompt."
+        )
+    if len(start.prompt) + len(start.generated) > context:
+        raise AdmissionRefused(
+            f"Prompt and answer so far have {len(start.prompt) + len(start.generated)} tokens and the context holds "
+            f"{context}: continue on an engine with a longer context."
+        )
+    for token in (*start.prompt, *start.generated):
+        if not 0 <= token < vocabulary:
+            raise AdmissionRefused(f"Token id {token} is outside the vocabulary of {vocabulary}.")
+    if sampling.max_tokens < 1:
+        raise AdmissionRefused(f"max_tokens is {sampling.max_tokens}: ask for at least 1.")
+    if not 0.0 <= sampling.temperature < float("inf"):
+        raise AdmissionRefused(f"temperature is {sampling.temperature}: use 0 (greedy) or a positive number.")
+    if not 0.0 < sampling.top_p <= 1.0:
+        raise AdmissionRefused(f"top_p is {sampling.top_p}: use a number above 0 and up to 1.")
+    if sampling.top_k < 0:
+        raise AdmissionRefused(f"top_k is {sampling.top_k}: use 0 (all tokens) or a positive number.")
+    if any(not stop for stop in sampling.stop):
+        raise AdmissionRefused("A stop string is empty: remove it.")

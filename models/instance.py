@@ -1,0 +1,201 @@
+"""A model that is ready to answer: weights in place, engine, tokenizer, defaults."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+
+from models.architecture import DEFAULT_CONTEXT_AT_MOST, describe
+from models.contract import Sampling
+from models.detokenizer import Decode
+from models.engine import DEFAULT_PREFILL_CHUNK, SlotEngine
+from models.errors import ModelError
+from models.skeleton import assemble
+
+DEFAULT_MAX_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What holds where a request says nothing, and the tokens that end an answer."""
+
+    sampling: Sampling
+    eos: tuple[int, ...]
+
+
+class Instance:
+    """One loaded model. `engine` belongs to one thread; encoding may run in another."""
+
+    def __init__(self, engine: SlotEngine, tokenizer: Any, defaults: Defaults, name: str) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.defaults = defaults
+        self._name = name
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Tokens of a plain prompt, with the special tokens that the tokenizer puts around it."""
+        tokens: list[int] = self.tokenizer(text)["input_ids"]
+        return tokens
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Tokens of a conversation by the model's chat template, up to where the answer begins; ModelError."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ModelError(f"Model {self._name} has no chat template: send a plain prompt instead of messages.")
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates are programs of others: they raise what they like
+            raise ModelError(f"The chat template of {self._name} refuses these messages: {error}.") from error
+        # The template writes the special tokens itself.
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokens
+
+    def close(self) -> None:
+        """Let go of weights and cache; the instance is of no use afterwards."""
+        del self.engine
+
+
+def load_instance(
+    directory: Path,
+    tensors: Mapping[str, torch.Tensor] | None,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    kv_bytes: int,
+    max_slots: int = 16,
+    context: int | None = None,
+    prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+) -> Instance:
+    """The model of a directory in Hugging Face layout, its weights being `tensors`.
+
+    `tensors` are parameters and persistent buffers by the module's own names; they are not copied unless `dtype` or
+    `device` asks for others. None reads the weights from the directory. `context` (tokens) is the model's own, and at
+    most 4,096, where it is None. Raises ModelError for everything that is wrong with directory, weights or sizes.
+    """
+    model = load_model(directory, tensors, device=device, dtype=dtype)
+    architecture = describe(model)
+    longest = min(architecture.context, DEFAULT_CONTEXT_AT_MOST) if context is None else context
+    if not 2 <= longest <= architecture.context:
+        raise ModelError(
+            f"The context asked for is {longest} tokens and {directory.name} can be run at 2 to {architecture.context}."
+        )
+    tokenizer = _tokenizer(directory)
+    defaults = _defaults(directory, model.config, tokenizer)
+
+    engine = SlotEngine(
+        model,
+        architecture,
+        _decode(tokenizer),
+        eos=defaults.eos,
+        kv_bytes=kv_bytes,
+        context=longest,
+        max_slots=max_slots,
+        prefill_chunk=prefill_chunk,
+    )
+    return Instance(engine, tokenizer, defaults, directory.name)
+
+
+def load_model(
+    directory: Path, tensors: Mapping[str, torch.Tensor] | None, *, device: str = "cpu", dtype: str | None = None
+) -> Any:
+    """The model alone; arguments and errors as of `load_instance`."""
+    config = _config(directory)
+    wanted = _dtype(dtype)
+    if tensors is None:
+        model = _read(directory, config, wanted, torch.device(device))
+    else:
+        if wanted is not None:
+            tensors = {name: t.to(wanted) if t.is_floating_point() else t for name, t in tensors.items()}
+        model = assemble(config, tensors, torch.device(device))
+    if model.dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # grouped products know no float64
+    return model
+
+
+def load_decode(directory: Path) -> Decode:
+    """The text of tokens, by the tokenizer of this directory; ModelError."""
+    return _decode(_tokenizer(directory))
+
+
+def _decode(tokenizer: Any) -> Decode:
+    def decode(tokens: list[int]) -> str:
+        text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    return decode
+
+
+def _config(directory: Path) -> PretrainedConfig:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{directory} has no config.json: give a model directory in Hugging Face layout.")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
+        return config
+    except (ValueError, OSError, KeyError) as error:
+        kind = _model_type(path)
+        if kind is None:
+            raise ModelError(f"{path} is not a model configuration: {_first_line(error)}") from error
+        raise ModelError(f"transformers does not know the architecture {kind!r} of {directory}.") from error
+
+
+def _model_type(path: Path) -> str | None:
+    try:
+        kind = json.loads(path.read_text()).get("model_type")
+    except (ValueError, AttributeError):
+        return None
+    return kind if isinstance(kind, str) else None
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"{name!r} is not a number type for weights: use float32, bfloat16, float16 or float64.")
+    return found
+
+
+def _read(directory: Path, config: PretrainedConfig, dtype: torch.dtype | None, device: torch.device) -> Any:
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            directory, config=config, dtype=dtype or "auto", local_files_only=True
+        )
+    except Exception as error:  # safetensors, pickle and transformers raise many kinds
+        raise ModelError(f"The weights of {directory} cannot be read: {_first_line(error)}") from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _tokenizer(directory: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # tokenizers, json and transformers raise many kinds
+        raise ModelError(f"The tokenizer of {directory} cannot be read: {_first_line(error)}") from error
+
+
+def _defaults(directory: Path, config: PretrainedConfig, tokenizer: Any) -> Defaults:
+    try:
+        generation = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except OSError:
+        generation = GenerationConfig.from_model_config(config)
+    eos = generation.eos_token_id
+    if eos is None:
+        eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    found = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+    temperature = generation.temperature if generation.temperature is not None else 1.0
+    sampling = Sampling(
+        max_tokens=generation.max_new_tokens or DEFAULT_MAX_TOKENS,
+        temperature=float(temperature) if generation.do_sample else 0.0,
+        top_p=float(generation.top_p) if generation.top_p is not None else 1.0,
+        top_k=int(generation.top_k) if generation.top_k is not None else 0,
+    )
+    return Defaults(sampling, found)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,88 @@
+"""One sequence inside an engine: its tokens, how far its cache reaches, and the text and end of its answer."""
+
+from __future__ import annotations
+
+from models.contract import NO_TOKEN, SequenceStart, TokenEvent
+from models.detokenizer import Decode, Detokenizer
+from models.stops import StopFilter
+
+
+class Sequence:
+    """`tokens` is prompt and answer; `cached` of them are in the KV cache, at `slot`; `poisoned`
+    when its numbers were not finite.
+
+    Text and end follow from the tokens alone: an answer that is continued elsewhere goes on with the same pieces.
+    """
+
+    __slots__ = (
+        "_context",
+        "_decode",
+        "_detokenizer",
+        "_eos",
+        "_stops",
+        "cached",
+        "ended",
+        "poisoned",
+        "slot",
+        "start",
+        "tokens",
+    )
+
+    def __init__(self, start: SequenceStart, slot: int, decode: Decode, eos: frozenset[int], context: int) -> None:
+        self.start = start
+        self.slot = slot
+        self.tokens = [*start.prompt, *start.generated]
+        self.cached = 0
+        self.poisoned = False
+        self.ended: str | None = None
+        self._decode = decode
+        self._eos = eos
+        self._context = context
+        self._detokenizer: Detokenizer | None = None
+        self._stops = StopFilter(start.sampling.stop)
+
+    @property
+    def position(self) -> int:
+        """Position of the next token of the answer."""
+        return len(self.tokens) - len(self.start.prompt)
+
+    @property
+    def left(self) -> int:
+        """Tokens that are not in the cache yet; 1 while it decodes."""
+        return len(self.tokens) - self.cached
+
+    def replay(self) -> None:
+        """Bring text and end to where `generated` left them; the second call does nothing."""
+        if self._detokenizer is None:
+            self._detokenizer = Detokenizer(self._decode, self.start.prompt)
+            for position, token in enumerate(self.start.generated):
+                self.ended = self._text(token, position + 1)[1] or self.ended
+
+    def take(self, token: int) -> TokenEvent:
+        """Append the next token of the answer; `ended` is set when it is the last."""
+        position = self.position
+        self.tokens.append(token)
+        text, self.ended = self._text(token, position + 1)
+        return TokenEvent(self.start.key, position, token, text, self.ended)
+
+    def already_over(self) -> TokenEvent:
+        """The event of a sequence whose `generated` had ended."""
+        return TokenEvent(self.start.key, self.position, NO_TOKEN, "", self.ended)
+
+    def _text(self, token: int, answered: int) -> tuple[str, str | None]:
+        """Text piece and end of a token of the answer, `answered` tokens of it included."""
+        assert self._detokenizer is not None
+        if token in self._eos:
+            return self._rest(), "stop"
+        text = self._stops.push(self._detokenizer.push(token))
+        if self._stops.stopped:
+            return text, "stop"
+        if answered >= self.start.sampling.max_tokens or len(self.start.prompt) + answered >= self._context:
+            text += self._rest()
+            return text, "stop" if self._stops.stopped else "length"
+        return text, None
+
+    def _rest(self) -> str:
+        assert self._detokenizer is not None
+        text = self._stops.push(self._detokenizer.flush())
+        return text + self._stops.flush()

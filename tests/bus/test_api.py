@@ -1,0 +1,250 @@
+"""The client contract, inward: what is taken, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bus.api import _INFER, ParsedRequest, Refusal, parse_infer, parse_model, parse_request_id, parse_resume
+from bus.messages import OUTPUT_LIMIT_BYTES, encode, request_id
+from bus.messages.requests import ReplyTo, RequestAccepted
+from bus.replies import (
+    CODES,
+    Chunk,
+    ChunkEnd,
+    Status,
+    chunk_of,
+    decode_reply,
+    encode_chunk,
+    encode_reply,
+    error_headers,
+)
+
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+MSGPACK = "application/msgpack"
+
+
+def parse(body: Any, content_type: str | None = None) -> ParsedRequest:
+    payload = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return parse_infer(payload, content_type, "llama-a")
+
+
+def test_the_smallest_request_takes_the_documented_defaults() -> None:
+    parsed = parse({"prompt": "hello"})
+    generation = parsed.accepted.generation
+    assert (generation.max_tokens, generation.temperature, generation.top_p, generation.top_k) == (256, -1, -1, -1)
+    assert (parsed.start, parsed.stream, parsed.encoding, parsed.accepted.client) == (0, True, "json", "anonymous")
+    assert parsed.request == request_id("anonymous", parsed.accepted.key)
+    assert parsed.accepted.reply is None and parsed.fact("") is parsed.accepted
+    assert parsed.fact("_INBOX.1").reply == ReplyTo("_INBOX.1")
+
+
+def test_every_field_arrives_in_both_encodings() -> None:
+    body = {
+        "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "temperature": 0, "top_p": 0.5, "top_k": 4,
+        "seed": 9, "stop": "x", "client": "shop", "key": "k", "deadline_ms": 10, "from": 2, "stream": False,
+    }  # fmt: skip
+    one = parse(body)
+    other = parse(msgspec.msgpack.encode(body), MSGPACK)
+    assert one.accepted == other.accepted and other.encoding == "msgpack"
+    generation = one.accepted.generation
+    assert (generation.max_tokens, generation.temperature, generation.top_k, generation.seed) == (3, 0.0, 4, 9)
+    assert generation.stop == ("x",) and one.accepted.deadline_ms == 10
+    assert one.fact("r").reply == ReplyTo("r", 2, "json", True)
+
+
+def test_a_repeat_gets_the_same_id_and_seed_and_another_request_gets_others() -> None:
+    one, two = parse({"prompt": "a", "key": "k"}), parse({"prompt": "a", "key": "k"})
+    assert one.accepted == two.accepted
+    assert parse({"prompt": "a"}).request != parse({"prompt": "a"}).request
+    assert parse({"prompt": "a", "key": "l"}).accepted.generation.seed != one.accepted.generation.seed
+
+
+def test_null_counts_as_absent() -> None:
+    assert parse({"prompt": "a", "key": "k", "stop": None}).accepted == parse({"prompt": "a", "key": "k"}).accepted
+
+
+def test_a_default_key_stands_in_for_an_absent_one_only() -> None:
+    assert parse_infer(b'{"prompt":"a"}', None, "m", default_key="submit:7").accepted.key == "submit:7"
+    assert parse_infer(b'{"prompt":"a","key":"k"}', None, "m", default_key="submit:7").accepted.key == "k"
+
+
+STOP = "stop must be a text or a list of at most 8 texts, each of 1 to 256 characters, got "
+NAME = "client must be a text of 1 to 200 characters without a zero byte, got "
+REFUSED: list[tuple[Any, str]] = [
+    ({"prompt": ""}, "prompt must not be empty"),
+    ({"prompt": 3}, "prompt must be a text, got 3"),
+    ({}, "give exactly one of prompt, messages and tokens, got none of them"),
+    ({"prompt": "a", "tokens": [1]}, "give exactly one of prompt, messages and tokens, got prompt and tokens"),
+    ({"prompt": "a", "max_tokens": "many"}, 'max_tokens must be a whole number from 1 to 1000000, got "many"'),
+    ({"prompt": "a", "max_tokens": 0}, "max_tokens must be a whole number from 1 to 1000000, got 0"),
+    ({"prompt": "a", "max_tokens": True}, "max_tokens must be a whole number from 1 to 1000000, got true"),
+    ({"prompt": "a", "max_tokens": 1.5}, "max_tokens must be a whole number from 1 to 1000000, got 1.5"),
+    ({"prompt": "a", "max_token": 3}, 'unknown field "max_token": did you mean max_tokens?'),
+    ({"prompt": "a", "temperature": -1}, "temperature must be a number from 0 to 100, got -1"),
+    ({"prompt": "a", "temperature": 10**30}, "temperature must be a number from 0 to 100, got 1" + "0" * 30),
+    ({"prompt": "a", "top_p": 0}, "top_p must be a number above 0 and at most 1, got 0"),
+    ({"prompt": "a", "top_p": 1.01}, "top_p must be a number above 0 and at most 1, got 1.01"),
+    ({"prompt": "a", "top_k": -1}, "top_k must be a whole number from 0 to 2147483647, got -1"),
+    ({"prompt": "a", "stop": ""}, STOP + '""'),
+    ({"prompt": "a", "stream": 1}, "stream must be true or false, got 1"),
+    ({"prompt": "a", "from": -1}, "from must be a whole number from 0 to 9007199254740992, got -1"),
+    ({"tokens": [1, -2]}, "tokens[1] must be a whole number from 0 to 2147483647, got -2"),
+    ({"tokens": []}, "tokens must be a list of at least one token id, got []"),
+    ({"messages": [{"r": 1}]}, 'messages[0] must have exactly the fields role and content, got {"r": 1}'),
+    ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content must be a text, got 1"),
+    ({"prompt": "a", "client": "\0"}, NAME + '"\\u0000"'),
+    ([1], "the body must be an object with fields, got [1]"),
+    (b"", "the body is empty: send JSON with a prompt"),
+    (b"hello", "the body is not JSON: JSON is malformed: invalid character (byte 0)"),
+    (b'{"prompt":"a","temperature":NaN}', "the body is not JSON: JSON is malformed: invalid character (byte 28)"),
+    (b'{"prompt":"\xff"}', "the body is not JSON: a text in it is not UTF-8"),
+    (b"[" * 50_000, "the body is nested too deeply"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "sentence"), REFUSED, ids=[sentence[:50] for _, sentence in REFUSED])
+def test_what_is_wrong_is_told_in_one_sentence(body: Any, sentence: str) -> None:
+    with pytest.raises(Refusal) as caught:
+        parse(body)
+    assert (caught.value.code, caught.value.name, caught.value.message) == (400, "bad_request", sentence)
+
+
+def test_an_unknown_field_without_a_neighbour_lists_the_known_ones() -> None:
+    with pytest.raises(Refusal, match=r'unknown field "logit_bias": known are prompt, messages, tokens, max_tokens,'):
+        parse({"prompt": "a", "logit_bias": {}})
+
+
+def test_non_finite_numbers_are_refused_where_an_encoding_has_them() -> None:
+    for value in (float("nan"), float("inf"), float("-inf")):
+        with pytest.raises(Refusal, match="temperature must be a number from 0 to 100"):
+            parse(msgspec.msgpack.encode({"prompt": "a", "temperature": value}), MSGPACK)
+
+
+@pytest.mark.parametrize(
+    ("payload", "content_type"),
+    [
+        (b'{"prompt":"' + b"a" * 900_000 + b'"}', None),
+        (b'{"prompt":"' + b"a" * 400_001 + b'"}', None),
+        (msgspec.msgpack.encode({"prompt": "\x01" * 300_000}), MSGPACK),
+        (msgspec.msgpack.encode({"tokens": [2_000_000_000] * 100_000}), MSGPACK),
+    ],
+    ids=["body", "prompt", "prompt that grows as JSON", "tokens that grow as JSON"],
+)
+def test_what_would_not_fit_into_the_ledger_is_too_large(payload: bytes, content_type: str | None) -> None:
+    with pytest.raises(Refusal) as caught:
+        parse(payload, content_type)
+    assert (caught.value.code, caught.value.name) == (413, "too_large")
+    assert "at most" in caught.value.message
+
+
+def test_the_largest_unchecked_body_stays_below_the_limit_of_the_ledger() -> None:
+    prompt = "\x01" * (OUTPUT_LIMIT_BYTES // 8 - 30)
+    parsed = parse(msgspec.msgpack.encode({"prompt": prompt}), MSGPACK)
+    assert len(encode(parsed.fact("r" * 512))) < OUTPUT_LIMIT_BYTES
+
+
+def test_content_types() -> None:
+    assert parse({"prompt": "a"}, "application/json; charset=utf-8").encoding == "json"
+    with pytest.raises(Refusal, match=r'Content-Type must be application/json or application/msgpack, got "text/xml"'):
+        parse({"prompt": "a"}, "text/xml")
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(
+    ["prompt", "messages", "tokens", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "client"]
+) | st.sampled_from(["key", "deadline_ms", "from", "stream", "x"])
+
+
+def check_never_another_exception(payload: bytes, content_type: str | None) -> None:
+    try:
+        parsed = parse_infer(payload, content_type, "m")
+    except Refusal as refusal:
+        assert refusal.message and "\n" not in refusal.message and len(refusal.message) < 600
+        assert CODES[refusal.name] == refusal.code
+        assert all(value.isprintable() for value in refusal.headers().values())
+    else:
+        assert msgspec.json.decode(encode(parsed.fact("r")), type=RequestAccepted) == parsed.fact("r")
+
+
+@UNHURRIED
+@given(st.binary(max_size=200), st.sampled_from([None, MSGPACK]))
+def test_any_bytes_give_a_request_or_a_refusal(payload: bytes, content_type: str | None) -> None:
+    check_never_another_exception(payload, content_type)
+
+
+@UNHURRIED
+@given(st.dictionaries(FIELDS, ANY_JSON, max_size=5), st.booleans())
+def test_any_fields_give_a_request_or_a_refusal(body: dict[str, Any], valid_prompt: bool) -> None:
+    if valid_prompt:
+        body = {key: value for key, value in body.items() if key not in ("messages", "tokens")} | {"prompt": "a"}
+    check_never_another_exception(json.dumps(body).encode(), None)
+    try:
+        packed = msgspec.msgpack.encode(body)
+    except (OverflowError, UnicodeEncodeError):
+        return
+    check_never_another_exception(packed, MSGPACK)
+
+
+def test_resume_and_request_ids() -> None:
+    assert parse_resume(b"", None).reply_to("r") == ReplyTo("r")
+    assert parse_resume(b'{"from":3,"stream":false}', None).reply_to("r") == ReplyTo("r", 3, "json", True)
+    with pytest.raises(Refusal, match='unknown field "form": did you mean from'):
+        parse_resume(b'{"form":3}', None)
+    identity = request_id("a", "b")
+    assert parse_request_id(identity) == identity
+    with pytest.raises(Refusal) as caught:
+        parse_request_id(identity.upper())
+    assert caught.value.code == 404
+
+
+def test_models_are_named_in_admin_requests() -> None:
+    assert parse_model(b'{"model":"a"}', None) == "a"
+    with pytest.raises(Refusal, match="model is missing"):
+        parse_model(b"{}", None)
+
+
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+def test_replies_survive_their_encoding(encoding: Any) -> None:
+    one = chunk_of("r", 0, [5], ["a"])
+    assert one.texts == () and decode_reply(encode_chunk(one, encoding), encoding) == one
+    two = chunk_of("r", 1, [5, 6], ["a", ""], end="stop")
+    assert two.texts == ("a", "") and two.next == 3 and decode_reply(encode_chunk(two, encoding), encoding) == two
+    refused = Refusal("queue_full", "come again", retry_ms=5).status()
+    assert decode_reply(encode_reply(refused, encoding), encoding) == refused
+    assert isinstance(refused, Status)
+
+
+def test_bytes_on_the_wire_are_the_documented_ones() -> None:
+    assert encode_chunk(chunk_of("r", 0, [5], ["a"])) == b'{"request":"r","position":0,"tokens":[5],"text":"a"}'
+    assert encode_reply(Refusal("queue_full", "no", retry_ms=5).status()) == (
+        b'{"status":"refused","error":{"code":"queue_full","message":"no","retry_ms":5}}'
+    )
+    assert error_headers(400, "a\r\nb\x00 é") == {"Nats-Service-Error": "a b? ?", "Nats-Service-Error-Code": "400"}
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"x", b"{}", b'{"status":"odd"}', b'{"request":"r","position":0,"tokens":[1,2],"text":"ab","texts":["a","c"]}'],
+)
+def test_what_no_cell_says_is_no_reply(payload: bytes) -> None:
+    with pytest.raises(ValueError, match="not a reply of a cell"):
+        decode_reply(payload)
+    with pytest.raises(ValueError, match="position -1"):
+        Chunk("r", -1, (), "")
+
+
+def test_the_document_names_every_field_and_every_refusal() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "subjects.md").read_text()
+    for name in (*_INFER, *CODES, *get_args(ChunkEnd)):
+        assert not name or f"`{name}`" in document, name
