@@ -13,6 +13,9 @@ import msgspec
 
 from bus.messages import Message, To
 
+_HANDLERS: dict[type[Message], str] = {}
+"""The name of the method that takes a kind of message."""
+
 
 class Actor:
     """Base of the deciding actors: a name, a state, the rule version in force (set by the cell)."""
@@ -26,7 +29,8 @@ class Actor:
 
     def handle(self, message: Message, now: int) -> list[To]:
         """What this actor says to a message. Raises `Unexpected` for a kind that it does not know."""
-        handler = getattr(self, "on_" + type(message).__name__, None)
+        kind = type(message)
+        handler = getattr(self, _HANDLERS.get(kind) or _HANDLERS.setdefault(kind, "on_" + kind.__name__), None)
         if handler is None:
             raise Unexpected(f"{self.name} does not know what to do with {type(message).__name__}")
         said: list[To] = handler(message, now)

@@ -8,7 +8,8 @@ follows from the facts up to s, on every replica, in a simulation and in replay 
 
 An exception in a step undoes the step: actors, effect numbers and timers go back to what they were, `now` and the
 order of facts go on, and the only output is `step.skipped` (with the end of a request, or the closing of a driver's
-epoch). Going back means: the last checkpoint, and the facts since then once more.
+epoch). Going back means: the last checkpoint, and the facts since then once more. A request that ended so stays ended:
+its repeats are told, and no actor sees them.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from bus.messages import (
     DriverLost,
     EpochClosed,
     Message,
+    ProgressReported,
     RequestAccepted,
     RequestEnded,
     RulesActivated,
@@ -57,6 +59,9 @@ STEP_LIMIT = 100_000
 
 CHECKPOINT_FACTS = 1000
 """Facts between two checkpoints, at the least; more as the state grows, so that the cost per fact stays the same."""
+
+SKIPPED_REMEMBERED = 10_000
+"""Requests known to have ended by a skipped step; the oldest is forgotten first."""
 
 DRIVER = "driver/"
 """Receivers with this prefix are drivers: `driver/gpu/s1/0`."""
@@ -83,13 +88,18 @@ class Step(NamedTuple):
 
 
 class DriverLink(msgspec.Struct):
-    """Effects of one open epoch: how many were said, their rolling hash, and which are not yet answered."""
+    """Effects of one open epoch: how many were said, their rolling hash, and which are not yet answered.
+
+    `closed`: the cell has closed the epoch, and the driver's deciding half does not know it yet. What is said to the
+    driver until it does belongs to no epoch, and nobody obeys it.
+    """
 
     epoch: int
     boot: str
     number: int = 0
     chain: str = ""
     unanswered: dict[int, str] = {}
+    closed: bool = False
 
 
 class OpenTimer(msgspec.Struct):
@@ -104,6 +114,7 @@ class Memory(msgspec.Struct):
     actors: dict[str, msgspec.Raw]
     links: dict[str, DriverLink]
     timers: dict[str, OpenTimer]
+    skipped_requests: dict[str, str]
     rules: int
 
 
@@ -120,6 +131,16 @@ class Snapshot(msgspec.Struct):
 
 _ANSWER_KINDS = {kind_of(effect): tuple(kind_of(a) for a in answers) for effect, answers in ANSWERS.items()}
 _ALL_ANSWERS = frozenset(kind for kinds in _ANSWER_KINDS.values() for kind in kinds)
+IN_EPOCH: tuple[type[Message], ...] = (
+    *(answer for answers in ANSWERS.values() for answer in answers),
+    ProgressReported,
+)
+"""Facts that only a driver may state, inside its epoch."""
+
+_CITED: tuple[type[Message], ...] = (RequestAccepted, SequencesSealed, *STARTED)
+"""Facts that others cite by their place in the ledger: they carry it."""
+
+_OWN = (DifferenceAccepted, RulesActivated)
 _pack = msgspec.msgpack.Encoder()
 
 
@@ -136,6 +157,7 @@ class Cell:
         self.actors: dict[str, Actor] = {}
         self.links: dict[str, DriverLink] = {}
         self.timers: dict[str, OpenTimer] = {}
+        self._skipped_requests: dict[str, str] = {}
         self._checkpoint = self._remember()
         self._checkpoint_limit = CHECKPOINT_FACTS
         self._since: list[tuple[TakenFact, int]] = []
@@ -155,7 +177,7 @@ class Cell:
             return []
         steps = []
         for fact in self.order.admit(record, subject):
-            step = self._take(fact)
+            step = None if self.order.closed(fact) else self._take(fact)
             if step is not None:
                 steps.append(step)
         return steps
@@ -169,7 +191,7 @@ class Cell:
             if timer is None:
                 return None
             now = max(now, timer.due)
-        if isinstance(message, RulesActivated) and message.version not in KNOWN_RULES:
+        if isinstance(message, RulesActivated) and fact.actor == "cell" and message.version not in KNOWN_RULES:
             raise UnknownRules(
                 f"rule version {message.version} is in force since ledger sequence {fact.sequence}; "
                 f"this program knows {sorted(KNOWN_RULES)}: run a newer one"
@@ -179,87 +201,90 @@ class Cell:
             said = self._run(fact, now)
             step = Step(fact.sequence, self._seal(fact.sequence, said))
         except Exception as error:
+            if not isinstance(error, NotTaken):
+                self._go_back()
             self._skipped[fact.sequence] = _reason(error)
-            self._go_back()
             said = self._run_skipped(fact)
             step = Step(fact.sequence, self._seal(fact.sequence, said))
         self._since.append((fact, now))
         if len(self._since) >= self._checkpoint_limit:
-            self._checkpoint = self._remember()
-            size = sum(len(bytes(raw)) for raw in self._checkpoint.actors.values())
-            self._checkpoint_limit = max(CHECKPOINT_FACTS, size // 500)
-            self._since.clear()
-            self._skipped.clear()
+            self._keep()
         return step
+
+    def _keep(self) -> None:
+        """A checkpoint: this is what goes back from here on."""
+        self._checkpoint = self._remember()
+        size = sum(len(bytes(raw)) for raw in self._checkpoint.actors.values())
+        self._checkpoint_limit = max(CHECKPOINT_FACTS, size // 500)
+        self._since.clear()
+        self._skipped.clear()
 
     def _run(self, fact: TakenFact, now: int) -> list[tuple[str, To, int]]:
         if fact.message is None:
-            raise StepError(fact.error)
-        message = self._cite(fact)
-        actor = fact.actor
+            raise NotTaken(fact.error)
+        actor, message = fact.actor, fact.message
+        if isinstance(message, _CITED):
+            message = msgspec.structs.replace(message, sequence=fact.sequence)
         if isinstance(message, STARTED):
             self.links[fact.sender] = DriverLink(fact.sequence, fact.boot, chain=fact.boot, unanswered={})
         elif isinstance(message, DriverLost):
-            self.links.pop(fact.actor, None)
-        elif isinstance(message, TimerFired):
-            actor = self.timers.pop(f"{message.fact}.{message.index}").actor
-        elif isinstance(message, DifferenceAccepted | RulesActivated):
-            return self._own(message, actor)
+            self.links.pop(actor, None)
         elif fact.epoch:
             self._answer(fact, kind_of(message))
+        elif fact.answers or isinstance(message, IN_EPOCH):
+            raise NotTaken(f"{kind_of(message)} belongs inside a driver's epoch")
+        elif isinstance(message, TimerFired):
+            actor = self.timers.pop(f"{message.fact}.{message.index}").actor
+        elif isinstance(message, _OWN):
+            return self._own(message, actor)
+        elif isinstance(message, RequestAccepted) and message.request in self._skipped_requests:
+            return self._ended_by_skip(message) if message.reply else []
         said: list[tuple[str, To, int]] = []
         waiting = deque([(actor, message, -1)])
         while waiting:
             name, incoming, cause = waiting.popleft()
             for to in self._actor(name).handle(incoming, now):
-                index = len(said)
+                index, receiver = len(said), to.receiver
                 if index >= STEP_LIMIT:
                     raise StepError(f"more than {STEP_LIMIT} messages in one step")
                 said.append((name, to, cause))
-                if is_actor(to.receiver):
-                    waiting.append((to.receiver, to.message, index))
-                elif to.receiver == "timer" and isinstance(to.message, SetTimer):
+                if is_actor(receiver):
+                    waiting.append((receiver, to.message, index))
+                elif receiver == "timer" and isinstance(to.message, SetTimer):
                     timer = OpenTimer(name, to.message.due, to.message.about)
                     self.timers[f"{fact.sequence}.{index}"] = timer
         return said
-
-    def _cite(self, fact: TakenFact) -> Message:
-        """Facts that others cite by their place in the ledger carry that place."""
-        message = fact.message
-        assert message is not None
-        if isinstance(message, (RequestAccepted | SequencesSealed, STARTED)):
-            cited: Message = msgspec.structs.replace(message, sequence=fact.sequence)
-            return cited
-        return message
 
     def _answer(self, fact: TakenFact, kind: str) -> None:
         """Exactly one answer per effect, of a kind that this effect may have."""
         link = self.links[fact.actor]
         if fact.answers:
-            effect = link.unanswered.pop(fact.answers, None)
+            effect = link.unanswered.get(fact.answers)
             if effect is None:
-                raise StepError(f"{kind} answers effect {fact.answers}, which is not waiting for an answer")
+                raise NotTaken(f"{kind} answers effect {fact.answers}, which is not waiting for an answer")
             if kind not in _ANSWER_KINDS[effect]:
-                raise StepError(f"{kind} does not answer {effect} (effect {fact.answers})")
+                raise NotTaken(f"{kind} does not answer {effect} (effect {fact.answers})")
+            del link.unanswered[fact.answers]
         elif kind in _ALL_ANSWERS:
-            raise StepError(f"{kind} answers no effect")
+            raise NotTaken(f"{kind} answers no effect")
 
     def _own(self, message: DifferenceAccepted | RulesActivated, actor: str) -> list[tuple[str, To, int]]:
         if actor != "cell":
-            raise StepError(f"{kind_of(message)} is for the cell, not for {actor}")
+            raise NotTaken(f"{kind_of(message)} is for the cell, not for {actor}")
         if isinstance(message, RulesActivated):
             self.rules = message.version
             for known in self.actors.values():
                 known.rules = message.version
             return []
         current = self.links.get(message.driver)
-        if current is None or current.epoch != message.epoch:
+        if current is None or current.epoch != message.epoch or current.closed:
             return []
         return self._close(message.driver, message.epoch, "an operator accepted a difference that this epoch obeyed")
 
     def _close(self, driver: str, epoch: int, reason: str) -> list[tuple[str, To, int]]:
         self.order.close(driver, epoch)
-        self.links.pop(driver, None)
+        if driver in self.links:
+            self.links[driver].closed = True
         return [("cell", To(DRIVER + driver, EpochClosed(driver, epoch, reason)), -1)]
 
     def _actor(self, name: str) -> Actor:
@@ -278,20 +303,31 @@ class Cell:
         said = [("cell", To("record", StepSkipped(fact.sequence, fact.actor[:200] or "?", reason)), -1)]
         if isinstance(fact.message, TimerFired):
             self.timers.pop(f"{fact.message.fact}.{fact.message.index}", None)
-        if isinstance(fact.message, RequestAccepted):
-            ended = RequestEnded(
-                request=fact.message.request,
-                model=fact.message.model,
-                outcome="failed",
-                positions=0,
-                code="internal",
-                reason=f"the cell could not take this request: {reason}",
-                replies=(fact.message.reply,) if fact.message.reply else (),
-            )
-            said.append(("cell", To("reader", ended), -1))
+        if isinstance(fact.message, RequestAccepted) and not self._is_known(fact.message.request):
+            self._skipped_requests[fact.message.request] = reason
+            if len(self._skipped_requests) > SKIPPED_REMEMBERED:
+                del self._skipped_requests[next(iter(self._skipped_requests))]
+            said += self._ended_by_skip(fact.message)
         if fact.epoch and not isinstance(fact.message, DriverLost):
             said += self._close(fact.actor, fact.epoch, f"its fact {fact.sequence} was skipped: {reason}"[:4000])
         return said
+
+    def _is_known(self, request: str) -> bool:
+        """Whether a request was taken before: then what was skipped is a repeat, and the request goes on."""
+        actor = self.actors.get("requests")
+        return isinstance(actor, Requests) and request in actor.state.requests
+
+    def _ended_by_skip(self, message: RequestAccepted) -> list[tuple[str, To, int]]:
+        ended = RequestEnded(
+            request=message.request,
+            model=message.model,
+            outcome="failed",
+            positions=0,
+            code="internal",
+            reason=f"the cell could not take this request: {self._skipped_requests[message.request]}",
+            replies=(message.reply,) if message.reply else (),
+        )
+        return [("cell", To("reader", ended), -1)]
 
     def _go_back(self) -> None:
         """Actors, links and timers as they were before the fact that failed: the checkpoint, and the facts since."""
@@ -300,31 +336,39 @@ class Cell:
             if fact.sequence in self._skipped:
                 self._run_skipped(fact)
             else:
-                self._number(self._run(fact, now))
+                for _, to, _ in self._run(fact, now):
+                    if to.receiver.startswith(DRIVER):
+                        self._number(to, encode(to.message))
+        self._keep()
 
-    def _number(self, said: list[tuple[str, To, int]]) -> list[tuple[int, str, int, str]]:
-        """Give effects their epoch, boot, number and rolling hash; (0, "", 0, "") for everything else."""
-        numbered = []
-        for _, to, _ in said:
-            if not to.receiver.startswith(DRIVER) or isinstance(to.message, EpochClosed):
-                numbered.append((0, "", 0, ""))
-                continue
-            link = self.links.get(to.receiver[len(DRIVER) :])
-            if link is None:
-                raise StepError(f"{kind_of(to.message)} for {to.receiver}, which has no open epoch")
-            link.number += 1
-            link.chain = extend_chain(link.chain, encode(to.message))
-            link.unanswered[link.number] = kind_of(to.message)
-            numbered.append((link.epoch, link.boot, link.number, link.chain))
-        return numbered
+    def _number(self, to: To, body: bytes) -> DriverLink | None:
+        """Give an effect its number and its place in the rolling hash; None for what belongs to no epoch."""
+        if isinstance(to.message, EpochClosed):
+            return None
+        link = self.links.get(to.receiver[len(DRIVER) :])
+        if link is None:
+            raise StepError(f"{kind_of(to.message)} for {to.receiver}, which has no open epoch")
+        if link.closed:
+            return None
+        link.number += 1
+        link.chain = extend_chain(link.chain, body)
+        link.unanswered[link.number] = kind_of(to.message)
+        return link
 
     def _seal(self, sequence: int, said: list[tuple[str, To, int]]) -> list[Said]:
-        numbers = self._number(said)
+        """What stands in the ledger: numbered within the step, and effects within their epoch."""
         of = len(said)
         sealed = []
-        for index, ((sender, to, cause), (epoch, boot, number, chain)) in enumerate(zip(said, numbers, strict=True)):
-            body = msgspec.Raw(encode(to.message))
-            payload = encode(SaidEnvelope(sequence, index, of, body, cause, epoch, boot, number, chain))
+        for index, (sender, to, cause) in enumerate(said):
+            body = encode(to.message)
+            link = self._number(to, body) if to.receiver.startswith(DRIVER) else None
+            if link is None:
+                envelope = SaidEnvelope(sequence, index, of, msgspec.Raw(body), cause)
+            else:
+                envelope = SaidEnvelope(
+                    sequence, index, of, msgspec.Raw(body), cause, link.epoch, link.boot, link.number, link.chain
+                )
+            payload = encode(envelope)
             if len(payload) > OUTPUT_LIMIT_BYTES:
                 raise StepError(
                     f"{kind_of(to.message)} has {len(payload)} bytes; at most {OUTPUT_LIMIT_BYTES} may be said"
@@ -345,12 +389,13 @@ class Cell:
     def _remember(self) -> Memory:
         actors = {name: msgspec.Raw(_pack.encode(actor.state)) for name, actor in self.actors.items()}
         copied = msgspec.msgpack.decode(_pack.encode((self.links, self.timers)), type=_LINKS_AND_TIMERS)
-        return Memory(actors, copied[0], copied[1], self.rules)
+        return Memory(actors, copied[0], copied[1], dict(self._skipped_requests), self.rules)
 
     def _recall(self, memory: Memory) -> None:
         self.links, self.timers = msgspec.msgpack.decode(
             _pack.encode((memory.links, memory.timers)), type=_LINKS_AND_TIMERS
         )
+        self._skipped_requests = dict(memory.skipped_requests)
         self.rules = memory.rules
         self.actors = {}
         for name, raw in memory.actors.items():
@@ -359,7 +404,13 @@ class Cell:
 
     def snapshot(self) -> bytes:
         """The whole cell as bytes; the caller knows that every output up to `position` was read back."""
-        snapshot = Snapshot(self.position, self.now, self.facts, self.order.state, self._remember())
+        snapshot = Snapshot(
+            position=self.position,
+            now=self.now,
+            facts=self.facts,
+            order=self.order.state,
+            memory=self._remember(),
+        )
         snapshot.digest = hashlib.sha256(_pack.encode(snapshot)).hexdigest()
         return _pack.encode(snapshot)
 
@@ -390,6 +441,10 @@ _LINKS_AND_TIMERS = tuple[dict[str, DriverLink], dict[str, OpenTimer]]
 
 class StepError(Exception):
     """A fact that cannot be taken; the message is the reason that every replica records."""
+
+
+class NotTaken(StepError):
+    """A fact that was refused before anything changed: there is nothing to go back from."""
 
 
 def _reason(error: Exception) -> str:

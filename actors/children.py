@@ -16,9 +16,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Child:
-    """One `longshore ...` process. Its output goes to a log file."""
+    """One `longshore ...` process (or another module of ours). Its output goes to a log file."""
 
-    def __init__(self, name: str, arguments: list[str], log: Path) -> None:
+    def __init__(self, name: str, arguments: list[str], log: Path, *, module: str = "bus.main") -> None:
+        self.module = module
         self.name = name
         self.arguments = arguments
         self.log = log
@@ -33,7 +34,7 @@ class Child:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "bus.main",
+                self.module,
                 *self.arguments,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,

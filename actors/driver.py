@@ -19,10 +19,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 from actors.driver_core import DriverCore, Effect, EpochOver, OutgoingFact
-from actors.tasks import Tasks
 from bus.contract import Appended, Bus, BusError, LogFull, NoAnswer, Reader
 from bus.messages import Message
 from bus.subjects import Subjects
+from bus.tasks import Tasks
 
 HEARTBEAT_SECONDS = 0.25
 FACTS_IN_FLIGHT = 256
@@ -162,11 +162,11 @@ class _Life:
         """Until the epoch is over: raises `EpochOver`, or what the driver or the bus raised."""
         try:
             self._send(self._core.started(body))
-            self._tasks.spawn(self._read())
-            await self._tasks.failure
+            self._tasks.start(self._read(), "reads the ledger")
+            await self._tasks.wait()
         finally:
             self._ended = True
-            await self._tasks.end()
+            await self._tasks.stop()
 
     async def effect(self) -> Effect:
         while not self._core.effects or len(self._unacknowledged) >= FACTS_IN_FLIGHT:
@@ -198,8 +198,8 @@ class _Life:
         elif error is None or isinstance(error, NoAnswer | LogFull):
             pause = FULL_RETRY_SECONDS if isinstance(error, LogFull) else RETRY_SECONDS
             asyncio.get_running_loop().call_later(pause, self._send, fact)
-        elif not self._tasks.failure.done():
-            self._tasks.failure.set_exception(error)
+        else:
+            self._tasks.spawn(_fail(error), "refused fact")
 
     # ---- effects ----------------------------------------------------------------------------------------------
 
@@ -215,8 +215,8 @@ class _Life:
     def _opened(self) -> None:
         name = self._driver.name
         logger.info("%s is up in epoch %d", name, self.number, extra={"driver": name, "epoch": self.number})
-        self._tasks.spawn(self._beat())
-        self._tasks.spawn(self._drive())
+        self._tasks.start(self._beat(), "heartbeats")
+        self._tasks.start(self._drive(), "driver")
 
     async def _drive(self) -> None:
         await self._driver.run(self)
@@ -232,3 +232,7 @@ class _Life:
             except BusError:
                 pass  # watch counts silence; there is nothing else to do about it here
             await asyncio.sleep(HEARTBEAT_SECONDS)
+
+
+async def _fail(error: BaseException) -> None:
+    raise error

@@ -8,6 +8,8 @@ Rules
 * An epoch that closes takes everything with it: instances are gone, leases go back, and the sequences it held go on
   elsewhere only after its token subject is sealed, because only then is it certain which positions are durable.
 * A model is attached after its lease is granted (it lies in DRAM) and after what had to make room is detached.
+  A lease that is refused before that is asked for again afterwards: what is detached makes room in DRAM, too.
+* A reader whom the driver did not get to before its epoch closed is sent back to the requests.
 """
 
 from __future__ import annotations
@@ -62,13 +64,15 @@ Reason = Literal["", "stop", "length", "cancelled", "deadline"]
 
 
 class Instance(msgspec.Struct):
-    """One model on this device. `evicting`: models that are detached first; `leased`: it lies in DRAM for us."""
+    """One model on this device. `evicting`: models that are detached first; `asked`: for its lease; `leased`: it
+    lies in DRAM for us."""
 
     slots: int
     kv_bytes: int
     context: int
     status: Literal["waiting", "attaching", "running", "detaching"] = "waiting"
     evicting: list[str] = []
+    asked: bool = True
     leased: bool = False
     digest: str = ""
     tier: Tier = "ssd"
@@ -98,6 +102,7 @@ class GpuState(msgspec.Struct):
     started: WorkerStarted | None = None
     instances: dict[str, Instance] = {}
     sequences: dict[str, HeldSequence] = {}
+    readers: list[AddReader] = []
     sealing: dict[int, Sealing] = {}
 
 
@@ -118,12 +123,14 @@ class Gpu(Actor):
         return [*said, To("placement", ready)]
 
     def on_DriverLost(self, message: DriverLost, now: int) -> list[To]:
-        return self._close() if message.epoch == self.state.epoch else []
+        """Also of a later epoch: one whose `started` could not be taken."""
+        return self._close() if message.epoch >= self.state.epoch else []
 
     def _close(self) -> list[To]:
         if not self.state.epoch:
             return []
         said: list[To] = []
+        held_back = [r for r in self.state.readers if _key(r.request, r.attempt) not in self.state.sequences]
         if self.state.sequences:
             after = min(held.after for held in self.state.sequences.values())
             seal = SealTokens(self.name, self.state.epoch, tuple(self.state.sequences), after)
@@ -133,7 +140,9 @@ class Gpu(Actor):
         said.append(To("placement", WorkerGone(self.name)))
         for model in self.state.instances:
             said.append(To(self._store, LeaseReturned(self.name, model)))
-        self.state.instances = {}
+        for reader in held_back:
+            said.append(To("requests", ReaderAdded(reader.request, reader.attempt, False, reader.reply)))
+        self.state.instances, self.state.readers = {}, []
         self.state.epoch, self.state.started = 0, None
         return said
 
@@ -154,8 +163,9 @@ class Gpu(Actor):
         return said
 
     def _sealed(self, message: SequencesSealed, sealed: SealedSequence) -> SequenceEnded:
+        """With a span wherever a page ended it, be it empty: that says that no worker shows the end."""
         span = None
-        if sealed.tokens:
+        if sealed.tokens or sealed.end:
             span = Span(
                 worker=self.name,
                 epoch=message.epoch,
@@ -166,7 +176,8 @@ class Gpu(Actor):
                 last_page=sealed.last_page,
                 sealed=message.sequence,
             )
-        return SequenceEnded(sealed.request, sealed.attempt, cast(Reason, sealed.end), span, sealed.prompt_tokens)
+        reason = cast(Reason, sealed.end) if sealed.end != "handed-over" else ""
+        return SequenceEnded(sealed.request, sealed.attempt, reason, span, sealed.prompt_tokens)
 
     # ---- instances --------------------------------------------------------------------------------------------
 
@@ -201,9 +212,13 @@ class Gpu(Actor):
             To("placement", InstanceStopped(self.name, message.model)),
         ]
         for model, instance in self.state.instances.items():
-            if message.model in instance.evicting:
-                instance.evicting.remove(message.model)
-                said += self._attach(model, instance)
+            if message.model not in instance.evicting:
+                continue
+            instance.evicting.remove(message.model)
+            if not instance.evicting and not instance.asked:
+                instance.asked = True
+                said.append(To(self._store, LeaseModel(self.name, model)))
+            said += self._attach(model, instance)
         return said
 
     def on_LeaseGranted(self, message: LeaseGranted, now: int) -> list[To]:
@@ -214,8 +229,13 @@ class Gpu(Actor):
         return self._attach(message.model, instance)
 
     def on_LeaseRefused(self, message: LeaseRefused, now: int) -> list[To]:
-        if self.state.instances.pop(message.model, None) is None:
+        instance = self.state.instances.get(message.model)
+        if instance is None or instance.status != "waiting":
             return []
+        if message.retry and instance.evicting:
+            instance.asked = False
+            return []
+        del self.state.instances[message.model]
         return [To("placement", InstanceFailed(self.name, message.model, message.reason, message.retry))]
 
     def _attach(self, model: str, instance: Instance) -> list[To]:
@@ -266,7 +286,9 @@ class Gpu(Actor):
     def on_ShowFrom(self, message: ShowFrom, now: int) -> list[To]:
         if _key(message.request, message.attempt) not in self.state.sequences:
             return []
-        return [To(self._driver, AddReader(message.request, message.attempt, message.reply))]
+        reader = AddReader(message.request, message.attempt, message.reply)
+        self.state.readers.append(reader)
+        return [To(self._driver, reader)]
 
     def on_SequenceFinished(self, message: SequenceFinished, now: int) -> list[To]:
         self._drop(message.request, message.attempt)
@@ -293,6 +315,9 @@ class Gpu(Actor):
         return []
 
     def on_ReaderAdded(self, message: ReaderAdded, now: int) -> list[To]:
+        reader = AddReader(message.request, message.attempt, message.reply)
+        if reader in self.state.readers:
+            self.state.readers.remove(reader)
         return [] if message.found else [To("requests", message)]
 
     def on_ProgressReported(self, message: ProgressReported, now: int) -> list[To]:

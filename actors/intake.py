@@ -17,7 +17,7 @@ import msgspec
 from actors.cell import Cell
 from actors.placement_state import PlacementState
 from actors.requests import RequestsState
-from actors.results import ResultsReader
+from actors.results import REPLY_LIMIT_BYTES, ResultsReader
 from bus.api import (
     ParsedRequest,
     Refusal,
@@ -120,6 +120,9 @@ class Intake:
         except Refusal:
             encoding = "json"
         payload = encode_reply(cast(Any, answer), encoding)
+        if len(payload) > REPLY_LIMIT_BYTES:
+            refusal = Refusal("too_large", f"the answer takes {len(payload)} bytes: read it as a stream with resume")
+            payload, headers = encode_reply(refusal.status(), encoding), refusal.headers()
         try:
             await self._bus.publish(delivery.reply, payload, headers=(headers | reply_headers(encoding)) or None)
         except BusError:
@@ -131,7 +134,9 @@ class Intake:
         parsed = self.parse(delivery.subject, delivery.payload, delivery.headers)
         if not delivery.reply:
             raise Refusal("bad_request", "infer needs a reply subject; use submit to read the result later")
-        return await self.accept(parsed, delivery.reply)
+        status = await self.accept(parsed, delivery.reply)
+        # Whoever wants one single reply gets the answer as that reply, so `accepted` is not said.
+        return status if parsed.stream or status.status != "accepted" else None
 
     def parse(self, subject: str, payload: bytes, headers: dict[str, str], *, default_key: str = "") -> ParsedRequest:
         """A valid request for a model that this cell knows. Raises `Refusal`."""
@@ -208,7 +213,7 @@ class Intake:
         if not delivery.reply:
             raise Refusal("bad_request", "resume needs a reply subject")
         await self._stated("requests", ReaderAttached(request, parsed.reply_to(delivery.reply)), "")
-        return accepted(request)
+        return accepted(request) if parsed.stream else None
 
     async def _stated(self, actor: str, message: Message, message_id: str) -> None:
         try:

@@ -1,15 +1,18 @@
 """Weighing where a model could start: candidates, their estimates, and whom to drain when there is no room.
 
 Estimates are integers in nanoseconds; equal estimates are decided by fewer evictions, then by the longest idle victim,
-then by the order in which workers came, so that every replica chooses the same.
+then by the order in which workers came, so that every replica chooses the same. Workers on which the last starts of
+the model failed come after those on which they did not.
+
+Room is needed twice: on the device, and in the server's DRAM, where every instance keeps its model leased.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from actors.placement_state import SECOND, KnownModel, PlacementState, RunningInstance, Worker, kv_plan
-from bus.messages import Candidate
+from actors.placement_state import LARGEST, SECOND, KnownModel, PlacementState, RunningInstance, Server, Worker, kv_plan
+from bus.messages import Candidate, ModelCard
 
 DETACH_NS = 20_000_000
 """To detach one idle instance: freeing memory, no copy."""
@@ -29,27 +32,55 @@ class Option(NamedTuple):
         return c.queue_ns + c.load_ns + c.free_ns + c.attach_ns
 
 
-def best_options(state: PlacementState, model: KnownModel, *, unmet: int, running: bool) -> list[Option]:
-    """All workers where the model could start now, the soonest first.
+def best_options(state: PlacementState, model: KnownModel, *, unmet: int, running: bool) -> tuple[list[Option], int]:
+    """All workers where the model could start now, the soonest first; and, where there is none, how many waiting
+    requests are too few to look again before anything else changes.
 
     `running`: it runs or starts somewhere already; then only free memory counts, unless the `unmet` requests would
     fill a whole further instance.
     """
+    enough = LARGEST
     if model.removed:
-        return []
+        return [], enough
     options = []
+    reserved = _reserved(state, model)
     for name, worker in state.workers.items():
-        option = _weigh(state, model, name, worker)
+        if name in reserved:
+            continue
+        option = _weigh(state, model, name, worker, reserved)
         if option is None:
             continue
         if running and option.candidate.evict and unmet < option.slots:
+            enough = min(enough, option.slots - 1)
             continue
         options.append(option)
-    options.sort(key=lambda option: (option.total_ns, len(option.candidate.evict), option.idle_since))
-    return options
+    failed = model.failed_on
+    options.sort(
+        key=lambda option: (
+            failed.get(option.candidate.worker, 0),
+            option.total_ns,
+            len(option.candidate.evict),
+            option.idle_since,
+        )
+    )
+    return options, enough
 
 
-def _weigh(state: PlacementState, model: KnownModel, name: str, worker: Worker) -> Option | None:
+def _reserved(state: PlacementState, model: KnownModel) -> dict[str, ModelCard]:
+    """Workers that are drained for a model with an older request, and that model."""
+    if not state.room:
+        return {}
+    head = state.head(model.card.model)
+    return {
+        room.worker: state.models[other].card
+        for other, room in state.room.items()
+        if other != model.card.model and other in state.queues and state.head(other) < head
+    }
+
+
+def _weigh(
+    state: PlacementState, model: KnownModel, name: str, worker: Worker, reserved: dict[str, ModelCard]
+) -> Option | None:
     card = model.card
     server = state.servers.get(worker.server)
     tier = model.servers.get(worker.server)
@@ -58,33 +89,40 @@ def _weigh(state: PlacementState, model: KnownModel, name: str, worker: Worker) 
     slots, kv_bytes = kv_plan(card, worker.memory_bytes, worker.max_slots)
     if not slots:
         return None
-    victims = _victims(worker, card.weight_bytes + kv_bytes, idle_only=True)
+    victims = _victims(worker, card.weight_bytes + kv_bytes, {}, idle_only=True)
     if victims is None:
         return None
-    if tier == "ssd" and not _dram_has_room(state, model, worker, victims):
+    promised = [other for place, other in reserved.items() if state.workers[place].server == worker.server]
+    if not _find_dram(server, card, worker, victims, promised):
         return None
     queue_ns, load_ns = 0, 0
     if tier == "ssd":
         ahead = sum(size for other, size in server.loading.items() if other != card.model)
-        queue_ns = ahead * SECOND // server.ssd_rate
-        load_ns = server.loading.get(card.model, card.weight_bytes) * SECOND // server.ssd_rate
+        queue_ns = min(LARGEST, ahead * SECOND // server.ssd_rate)
+        load_ns = min(LARGEST, server.loading.get(card.model, card.weight_bytes) * SECOND // server.ssd_rate)
     candidate = Candidate(name, tier, queue_ns, load_ns, len(victims) * DETACH_NS, model.attach_ns, tuple(victims))
     idle_since = min((worker.instances[victim].used_at for victim in victims), default=0)
     return Option(candidate, slots, kv_bytes, idle_since)
 
 
-def _victims(worker: Worker, need: int, *, idle_only: bool) -> list[str] | None:
-    """Least recently used instances whose memory makes `need` bytes free; None where that is not enough."""
+def _victims(worker: Worker, need: int, kept: dict[str, bool], *, idle_only: bool) -> list[str] | None:
+    """Least recently used instances whose memory makes `need` bytes free, none of `kept`; None where that is not
+    enough."""
     free = worker.free()
     victims: list[str] = []
-    ranked = sorted(worker.instances.items(), key=lambda item: (len(item[1].active), item[1].used_at))
-    for name, instance in ranked:
+    if free >= need:
+        return victims
+    for name, instance in _least_used(worker):
         if free >= need:
             break
-        if _can_go(instance, idle_only=idle_only):
+        if name not in kept and _can_go(instance, idle_only=idle_only):
             victims.append(name)
             free += instance.memory
     return victims if free >= need else None
+
+
+def _least_used(worker: Worker) -> list[tuple[str, RunningInstance]]:
+    return sorted(worker.instances.items(), key=lambda item: (len(item[1].active), item[1].used_at))
 
 
 def _can_go(instance: RunningInstance, *, idle_only: bool) -> bool:
@@ -93,29 +131,54 @@ def _can_go(instance: RunningInstance, *, idle_only: bool) -> bool:
     return instance.status == "running"
 
 
-def _dram_has_room(state: PlacementState, model: KnownModel, worker: Worker, victims: list[str]) -> bool:
-    """Whether the server's DRAM budget can take the model beside what its workers hold leased."""
-    leased: dict[str, bool] = {}
-    for other in state.workers.values():
-        if other.server != worker.server:
-            continue
-        for name in other.instances:
-            if other is not worker or name not in victims:
-                leased[name] = True
-    leased.pop(model.card.model, None)
-    used = sum(state.models[name].card.weight_bytes for name in leased if name in state.models)
-    return used + model.card.weight_bytes <= state.servers[worker.server].dram_bytes
+def _find_dram(server: Server, card: ModelCard, worker: Worker, victims: list[str], promised: list[ModelCard]) -> bool:
+    """Whether the server's DRAM can take the model beside what is leased, loading or promised to older requests.
+
+    Adds further idle instances of this worker to `victims` where that is what it takes.
+    """
+    short = _dram_short(server, card, promised)
+    if short <= 0:
+        return True
+    for victim in victims:
+        short -= _dram_freed(server, victim)
+    if short <= 0:
+        return True
+    for name, instance in _least_used(worker):
+        if name not in victims and _can_go(instance, idle_only=True) and (freed := _dram_freed(server, name)):
+            victims.append(name)
+            short -= freed
+            if short <= 0:
+                return True
+    return False
 
 
-def choose_drain(state: PlacementState, model: KnownModel) -> tuple[str, list[str]] | None:
-    """The worker that loses least by making room for the model, and which of its instances; None where none should.
+def _dram_short(server: Server, card: ModelCard, promised: list[ModelCard]) -> int:
+    """Bytes by which the DRAM budget is exceeded if the model comes to what stays there; 0 or less for none."""
+    sizes = {name: lease.weight_bytes for name, lease in server.leased.items()}
+    sizes.update(server.loading)
+    for other in promised:
+        sizes[other.model] = other.weight_bytes
+    sizes[card.model] = card.weight_bytes
+    return sum(sizes.values()) - server.dram_bytes
+
+
+def _dram_freed(server: Server, name: str) -> int:
+    """Bytes of DRAM that come free when one worker lets the model go: none while another one holds it."""
+    lease = server.leased.get(name)
+    return lease.weight_bytes if lease is not None and lease.workers == 1 and name not in server.loading else 0
+
+
+def choose_drain(state: PlacementState, model: KnownModel) -> tuple[str, list[tuple[str, str]]] | None:
+    """The worker that loses least by making room for the model, and which instances go, as (worker, model), on this
+    worker for the device and on any worker of its server for DRAM; None where nothing should be drained.
 
     An instance for which an older request waits is left alone, and so is a worker that is being drained already.
     """
     card = model.card
     head = state.head(card.model)
-    drained = list(state.room.values())
-    best: tuple[int, str, list[str]] | None = None
+    kept = {other: True for other in state.queues if state.head(other) < head}
+    drained = [room.worker for room in state.room.values()]
+    best: tuple[int, str, list[tuple[str, str]]] | None = None
     for name, worker in state.workers.items():
         server = state.servers.get(worker.server)
         if server is None or not server.up or worker.server not in model.servers or name in drained:
@@ -123,10 +186,45 @@ def choose_drain(state: PlacementState, model: KnownModel) -> tuple[str, list[st
         slots, kv_bytes = kv_plan(card, worker.memory_bytes, worker.max_slots)
         if not slots or any(i.status in ("starting", "stopping") for i in worker.instances.values()):
             continue
-        victims = _victims(worker, card.weight_bytes + kv_bytes, idle_only=False)
-        if victims is None or any(v in state.queues and state.head(v) < head for v in victims):
+        on_device = _victims(worker, card.weight_bytes + kv_bytes, kept, idle_only=False)
+        if on_device is None:
             continue
-        work = sum(len(worker.instances[victim].active) for victim in victims)
+        victims = [(name, victim) for victim in on_device]
+        short = _dram_short(server, card, []) - sum(_dram_freed(server, victim) for victim in on_device)
+        if short > 0 and not _drain_dram(state, worker.server, short, kept, victims):
+            continue
+        if not victims:
+            continue
+        work = sum(len(state.workers[place].instances[victim].active) for place, victim in victims)
         if best is None or work < best[0]:
             best = (work, name, victims)
     return (best[1], best[2]) if best is not None else None
+
+
+def _drain_dram(
+    state: PlacementState, server_name: str, short: int, kept: dict[str, bool], victims: list[tuple[str, str]]
+) -> bool:
+    """Adds the least used models of a server to `victims`, on all workers that hold them, until DRAM is not short."""
+    server = state.servers[server_name]
+    chosen = {victim: True for _, victim in victims}
+    holders: dict[str, list[str]] = {}
+    for name, worker in state.workers.items():
+        for model in worker.instances if worker.server == server_name else ():
+            if model not in chosen or server.leased[model].workers > 1:
+                holders.setdefault(model, []).append(name)
+
+    def use(model: str) -> tuple[int, int]:
+        instances = [state.workers[name].instances[model] for name in holders[model]]
+        return sum(len(one.active) for one in instances), max(one.used_at for one in instances)
+
+    for model in sorted(holders, key=use):
+        if short <= 0:
+            break
+        places = holders[model]
+        if model in kept or model in server.loading:
+            continue
+        if any(state.workers[w].instances[model].status != "running" for w in places):
+            continue
+        victims += [(name, model) for name in places if (name, model) not in victims]
+        short -= server.leased[model].weight_bytes
+    return short <= 0

@@ -14,34 +14,56 @@ from bus.messages import ModelCard, PlacementConfigured, Tier
 SECOND = 1_000_000_000
 
 
+LARGEST = 2**62
+"""Nothing that is learned grows beyond what a message can carry."""
+
+
 class KnownModel(msgspec.Struct):
-    """`servers`: the nearest tier per server that holds it; `instances`: workers on which it starts or runs."""
+    """`servers`: the nearest tier per server that holds it; `instances`: workers on which it starts or runs.
+
+    `open`: of those, the running ones with free slots, by how many; `failed_on`: starts that failed since the last
+    one that did not, per worker; `enough`: requests that may wait without another look for a place to start.
+    """
 
     card: ModelCard
     servers: dict[str, Tier] = {}
     instances: dict[str, bool] = {}
     removed: bool = False
     failures: int = 0
+    failed_on: dict[str, int] = {}
+    open: dict[int, dict[str, bool]] = {}
+    enough: int = 0
     attach_ns: int = SECOND // 10
     service_ns: int = SECOND
 
 
+class Lease(msgspec.Struct):
+    """A model that instances of one server keep in DRAM, on `workers` of them, with this many bytes."""
+
+    workers: int
+    weight_bytes: int
+
+
 class Server(msgspec.Struct):
-    """`loading`: bytes still to come from SSD, per model; `ssd_rate`: bytes per second, learned from finished loads."""
+    """`loading`: bytes still to come from SSD, per model; `leased`: models of instances, whatever their status;
+    `ssd_rate`: bytes per second, learned from finished loads."""
 
     dram_bytes: int
     up: bool = True
     loading: dict[str, int] = {}
+    leased: dict[str, Lease] = {}
     ssd_rate: int = 1_000_000_000
 
 
 class RunningInstance(msgspec.Struct):
-    """`memory`: weights and KV cache reserved on the device; `active`: attempts by request that hold a slot."""
+    """`memory`: weights and KV cache reserved on the device; `active`: attempts by request that hold a slot;
+    `free`: under how many free slots it stands in its model's index, 0 for not at all."""
 
     slots: int
     memory: int
     status: Literal["starting", "running", "draining", "stopping"] = "starting"
     active: dict[str, int] = {}
+    free: int = 0
     used_at: int = 0
     ready_at: int = 0
     tier: Tier = "ssd"
@@ -58,6 +80,21 @@ class Worker(msgspec.Struct):
         return self.memory_bytes - sum(instance.memory for instance in self.instances.values())
 
 
+class WorkerSize(msgspec.Struct):
+    """What a worker had to give when it was last up: a lost one may come back."""
+
+    server: str
+    memory_bytes: int
+    max_slots: int
+
+
+class Room(msgspec.Struct):
+    """Room that is made for a model: on which worker, by draining which (worker, model)."""
+
+    worker: str
+    victims: list[tuple[str, str]]
+
+
 class Waiting(msgspec.Struct):
     attempt: int
     accepted: int
@@ -72,15 +109,16 @@ class Placed(msgspec.Struct):
 
 
 class PlacementState(msgspec.Struct):
-    """`queues`: waiting requests by model, each in order of acceptance; `room`: the worker drained for a model,
-    `removing`: models that go as soon as they are idle."""
+    """`queues`: waiting requests by model, each in order of acceptance; `room`: what is drained for a model;
+    `removing`: models that go as soon as they are idle; `sizes`: all workers that were ever up."""
 
     models: dict[str, KnownModel] = {}
     servers: dict[str, Server] = {}
     workers: dict[str, Worker] = {}
     queues: dict[str, dict[str, Waiting]] = {}
     placed: dict[str, Placed] = {}
-    room: dict[str, str] = {}
+    sizes: dict[str, WorkerSize] = {}
+    room: dict[str, Room] = {}
     removing: dict[str, bool] = {}
     waiting: int = 0
     configuration: PlacementConfigured = PlacementConfigured()
@@ -113,4 +151,4 @@ def kv_plan(card: ModelCard, memory_bytes: int, max_slots: int) -> tuple[int, in
 
 def learned(old: int, seen: int) -> int:
     """A quarter of what was just seen, three quarters of what was known."""
-    return max(1, (3 * old + seen) // 4)
+    return max(1, min(LARGEST, (3 * old + seen) // 4))

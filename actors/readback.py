@@ -7,15 +7,13 @@ a different or an extra one is a `Difference`, which names the message and the f
 
 from __future__ import annotations
 
-from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from actors.cell import Cell, Said, Step
 from bus.contract import Record
 from bus.messages import DifferenceAccepted, decode_fact, decode_fact_body, decode_said
-from bus.subjects import FactSubject, SaidSubject
 
 REMEMBERED_STEPS = 20_000
 """Steps whose outputs are remembered after they were read back, to compare repeats."""
@@ -44,43 +42,54 @@ class Difference(Exception):
         }
 
 
-class Expected(msgspec.Struct):
+class Expected(NamedTuple):
     """An output that was computed and not read back yet. `since`: the caller's clock when it was computed."""
 
+    fact: int
     said: Said
     since: float
 
 
 class Readback:
-    """Takes records in order; knows what is expected, and finds differences."""
+    """Takes records in order; knows what is expected, and finds differences.
+
+    `expected` is keyed by payload, which holds fact and index: what is as it should be costs one look-up.
+    """
 
     def __init__(self, cell: Cell, accepted: frozenset[tuple[int, int]] = frozenset()) -> None:
         self.cell = cell
-        self.expected: dict[tuple[int, int], Expected] = {}
+        self.expected: dict[bytes, Expected] = {}
         self.verified = 0
         self.position = cell.position
         self._accepted = accepted
-        self._remembered: dict[int, dict[int, tuple[str, bytes]]] = {}
-        self._order: deque[int] = deque()
+        self._steps: dict[int, list[Said]] = {}
+        self._forgotten = 0
+        self._said_prefix = cell.subjects.said_prefix
 
-    def take(self, record: Record, at: float) -> tuple[list[Step], tuple[int, int] | None]:
-        """The steps that this record led to, and which expected output it was, if any.
+    def take(self, record: Record, at: float) -> tuple[list[Step], Expected | None]:
+        """The steps that this record led to, and the expected output that it was, if it was one.
 
         Raises `Difference`, and `actors.cell.UnknownRules`.
         """
         self.position = record.sequence
-        subject = self.cell.subjects.parse(record.subject)
-        if isinstance(subject, FactSubject):
-            steps = self.cell.take(record)
-            for step in steps:
-                for said in step.said:
-                    self.expected[(step.sequence, said.place)] = Expected(said, at)
-            return steps, None
-        if isinstance(subject, SaidSubject):
-            return [], self._said(record)
-        return [], None
+        expected = self.expected.get(record.payload)
+        if expected is not None and expected.said.subject == record.subject:
+            del self.expected[record.payload]
+            self.verified += 1
+            return [], expected
+        if record.subject.startswith(self._said_prefix):
+            return [], self._unusual(record)
+        steps = self.cell.take(record)
+        for step in steps:
+            self._steps[step.sequence] = step.said
+            for said in step.said:
+                self.expected[said.payload] = Expected(step.sequence, said, at)
+        if len(self._steps) > REMEMBERED_STEPS:
+            self._forget()
+        return steps, None
 
-    def _said(self, record: Record) -> tuple[int, int]:
+    def _unusual(self, record: Record) -> Expected | None:
+        """A repeat, a difference that was accepted, or a difference."""
         try:
             envelope = decode_said(record.payload)
         except (msgspec.DecodeError, ValueError) as error:
@@ -88,47 +97,32 @@ class Readback:
                 record.sequence, 0, 0, record.subject, "envelope", str(error), "a derived message"
             ) from None
         key = (envelope.fact, envelope.index)
-        expected = self.expected.get(key)
-        if expected is not None:
-            if (expected.said.payload != record.payload or expected.said.subject != record.subject) and (
-                key not in self._accepted
-            ):
-                raise difference(record, expected.said)
-            del self.expected[key]
-            self._remember(envelope.fact, envelope.index, record)
-            self.verified += 1
-            return key
-        known = self._remembered.get(envelope.fact)
-        if known is None:
-            if envelope.fact > self._oldest() and key not in self._accepted:
-                raise Difference(record.sequence, *key, record.subject, "index", "an extra message", "none")
-            return key
-        first = known.get(envelope.index)
-        if key in self._accepted or first == (record.subject, record.payload):
-            return key
-        if first is None:
-            raise Difference(record.sequence, *key, record.subject, "index", "an extra message", "none")
-        raise difference(record, Said(envelope.index, first[0], first[1], ""))
+        step = self._steps.get(envelope.fact)
+        if step is None:
+            if envelope.fact > self._forgotten and key not in self._accepted:
+                raise Difference(record.sequence, *key, kind_in(record.subject), "index", "an extra message", "none")
+            return None
+        computed = step[envelope.index] if envelope.index < len(step) else None
+        if computed is not None and (computed.subject, computed.payload) == (record.subject, record.payload):
+            return None
+        if key not in self._accepted:
+            if computed is None:
+                raise Difference(record.sequence, *key, kind_in(record.subject), "index", "an extra message", "none")
+            raise difference(record, computed)
+        return self.expected.pop(computed.payload, None) if computed is not None else None
 
-    def _remember(self, fact: int, place: int, record: Record) -> None:
-        known = self._remembered.get(fact)
-        if known is None:
-            known = self._remembered[fact] = {}
-            self._order.append(fact)
-            if len(self._order) > REMEMBERED_STEPS:
-                del self._remembered[self._order.popleft()]
-        known[place] = (record.subject, record.payload)
-
-    def _oldest(self) -> int:
-        """Facts up to here may have been forgotten: a repeat of theirs cannot be told from an extra message."""
-        return self._order[0] if len(self._order) >= REMEMBERED_STEPS else 0
+    def _forget(self) -> None:
+        """Drop the oldest half of the steps; a repeat of theirs can then not be told from an extra message."""
+        for fact in list(self._steps)[: REMEMBERED_STEPS // 2]:
+            del self._steps[fact]
+            self._forgotten = max(self._forgotten, fact)
 
 
 def difference(record: Record, computed: Said) -> Difference:
     """Name the first field in which a recorded message differs from the computed one."""
     envelope = decode_said(record.payload)
     key = (record.sequence, envelope.fact, envelope.index)
-    kind = record.subject.split(".", 5)[-1]
+    kind = kind_in(record.subject)
     if record.subject != computed.subject:
         return Difference(*key, kind, "subject", record.subject, computed.subject)
     path, recorded, expected = _first_difference(
@@ -151,6 +145,11 @@ def _first_difference(recorded: Any, computed: Any, path: str = "") -> tuple[str
             if left != right:
                 return _first_difference(left, right, f"{path}[{index}]")
     return path, recorded, computed
+
+
+def kind_in(subject: str) -> str:
+    """The kind at the end of a derived message's subject."""
+    return subject.split(".", 5)[-1]
 
 
 def accepted_differences(record: Record) -> tuple[int, int] | None:

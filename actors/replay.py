@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from actors.cell import Cell
-from actors.readback import Difference, Readback, accepted_differences
+from actors.readback import Difference, Readback, accepted_differences, kind_in
 from bus.contract import Record
 
 
@@ -45,9 +45,9 @@ def verify(cell_name: str, records: Iterable[Record], *, accepted: frozenset[tup
         for record in records:
             newest = record.timestamp / 1e9
             readback.take(record, newest)
-        for (fact, place), expected in readback.expected.items():
+        for expected in readback.expected.values():
             if newest - expected.since > GRACE_SECONDS:
-                kind = expected.said.subject.split(".", 5)[-1]
+                fact, place, kind = expected.fact, expected.said.place, kind_in(expected.said.subject)
                 raise Difference(fact, fact, place, kind, "index", "no such message", "one was computed")
     except Difference as found:
         return _verdict(cell_name, readback, found)

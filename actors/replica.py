@@ -54,9 +54,9 @@ class Replica:
 
     def take(self, record: Record, at: float) -> list[Step]:
         """Raises `actors.readback.Difference` and `actors.cell.UnknownRules`: then this replica must stop."""
-        steps, key = self.readback.take(record, at)
-        if key is not None:
-            mine = self._published.pop(key, False)
+        steps, confirmed = self.readback.take(record, at)
+        if confirmed is not None:
+            mine = self._published.pop((confirmed.fact, confirmed.said.place), False)
             if record.publisher != self.me:
                 self.strikes = 0
                 if mine:
@@ -89,9 +89,9 @@ class Replica:
         """
         if last_sequence > self.position or not self.wants_rescue(at):
             return
-        late = [key for key, expected in self.readback.expected.items() if at - expected.since >= MISSING_SECONDS]
-        for fact, place in late:
-            self._publish(fact, self.readback.expected[(fact, place)].said)
+        for expected in self.readback.expected.values():
+            if at - expected.since >= MISSING_SECONDS:
+                self._publish(expected.fact, expected.said)
         self.strikes += 1
         if self.strikes >= STRIKES:
             self.leading = True

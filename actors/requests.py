@@ -51,10 +51,13 @@ REPLIES_LIMIT = 64
 
 RETENTION = "retention"
 MILLISECOND = 1_000_000
+SECOND = 1_000_000_000
+LATEST = 2**62
+"""No timer is due later than a message can say."""
 
 
 class Request(msgspec.Struct):
-    """One request. `position` is the first position that is not known to be durable."""
+    """One request. `position` is the first position that is not known to be durable; `deadline` 0 means none."""
 
     model: str
     client: str
@@ -62,6 +65,7 @@ class Request(msgspec.Struct):
     body: str
     accepted: int
     accepted_at: int
+    deadline: int = 0
     status: Literal["queued", "running", "ended"] = "queued"
     attempt: int = 1
     worker: str = ""
@@ -111,13 +115,14 @@ class Requests(Actor):
             body=body,
             accepted=message.sequence,
             accepted_at=now,
+            deadline=min(LATEST, now + message.deadline_ms * MILLISECOND) if message.deadline_ms else 0,
             replies=[message.reply] if message.reply else [],
             spans=[],
         )
         self.state.requests[message.request] = request
         said = [To("placement", PlaceRequest(message.request, 1, message.model, message.sequence))]
-        if message.deadline_ms:
-            said.append(To("timer", SetTimer(now + message.deadline_ms * MILLISECOND, message.request)))
+        if request.deadline:
+            said.append(To("timer", SetTimer(request.deadline, message.request)))
         return said
 
     def on_ReaderAttached(self, message: ReaderAttached, now: int) -> list[To]:
@@ -137,15 +142,18 @@ class Requests(Actor):
 
     def on_TimerFired(self, message: TimerFired, now: int) -> list[To]:
         if message.about != RETENTION:
-            return self._stop(message.about, "deadline", now)
+            request = self.state.requests.get(message.about)
+            due = request is not None and 0 < request.deadline <= now
+            return self._stop(message.about, "deadline", now) if due else []
         self.state.retention_timer = False
         limit = now - self.state.configuration.retention_ms * MILLISECOND
-        for name, ended_at in list(self.state.ended.items()):
+        while self.state.ended:
+            name, ended_at = next(iter(self.state.ended.items()))
             if ended_at > limit:
                 break
             del self.state.ended[name]
             del self.state.requests[name]
-        return self._arm_retention()
+        return self._arm_retention(now)
 
     # ---- from placement ---------------------------------------------------------------------------------------
 
@@ -193,8 +201,7 @@ class Requests(Actor):
             return [*self._end(message.request, request, now, stopped, shown=not sealed), released]
         request.deaths += 1
         if request.stopping:
-            stopping: Literal["cancelled", "deadline"] = "cancelled" if request.stopping == "cancelled" else "deadline"
-            return self._end(message.request, request, now, stopping)
+            return self._end(message.request, request, now, self._stopped(request))
         if request.deaths >= self.state.configuration.deaths_limit:
             reason = f"{request.deaths} workers died while they held this request"
             return self._end(message.request, request, now, "quarantined", code="quarantined", reason=reason)
@@ -209,6 +216,8 @@ class Requests(Actor):
         if not message.retry:
             ended = self._end(message.request, request, now, "failed", code=message.code, reason=message.reason)
             return [*ended, released]
+        if request.stopping:
+            return [*self._end(message.request, request, now, self._stopped(request)), released]
         request.deaths += 1
         if request.deaths >= self.state.configuration.deaths_limit:
             reason = f"{request.deaths} workers gave this request up, the last one because {message.reason}"[:4000]
@@ -237,9 +246,10 @@ class Requests(Actor):
             return []
         request.spans.append(span)
         request.position = span.next
-        if not span.sealed or not request.replies:
+        streams = tuple(reply for reply in request.replies if not reply.single)
+        if not span.sealed or not streams:
             return []
-        return [To("reader", ShowPositions(name, request.model, tuple(request.replies), (span,)))]
+        return [To("reader", ShowPositions(name, request.model, streams, (span,)))]
 
     def _again(self, name: str, request: Request) -> list[To]:
         request.status, request.worker = "queued", ""
@@ -255,6 +265,10 @@ class Requests(Actor):
             return [*self._end(name, request, now, reason), released]
         request.stopping = reason
         return [To(request.worker, StopSequence(name, request.attempt, reason))]
+
+    @staticmethod
+    def _stopped(request: Request) -> Literal["cancelled", "deadline"]:
+        return "cancelled" if request.stopping == "cancelled" else "deadline"
 
     def _show(self, name: str, request: Request, reply: ReplyTo) -> list[To]:
         """Show a request to a reader from `reply.start` on, wherever its positions are."""
@@ -288,7 +302,7 @@ class Requests(Actor):
         self.state.ended[name] = now
         replies = tuple(request.replies)
         request.replies = []
-        return [To("reader", self._ended(name, request, replies=replies, shown=shown)), *self._arm_retention()]
+        return [To("reader", self._ended(name, request, replies=replies, shown=shown)), *self._arm_retention(now)]
 
     def _ended(self, name: str, request: Request, *, replies: tuple[ReplyTo, ...], shown: bool) -> RequestEnded:
         return RequestEnded(
@@ -308,9 +322,10 @@ class Requests(Actor):
             elapsed_ns=max(0, request.ended_at - request.accepted_at),
         )
 
-    def _arm_retention(self) -> list[To]:
+    def _arm_retention(self, now: int) -> list[To]:
+        """For the oldest that ended, and not more than once a second."""
         if self.state.retention_timer or not self.state.ended:
             return []
         self.state.retention_timer = True
-        oldest = next(iter(self.state.ended.values()))
-        return [To("timer", SetTimer(oldest + self.state.configuration.retention_ms * MILLISECOND, RETENTION))]
+        due = next(iter(self.state.ended.values())) + self.state.configuration.retention_ms * MILLISECOND
+        return [To("timer", SetTimer(min(LATEST, max(due, now + SECOND)), RETENTION))]

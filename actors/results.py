@@ -30,6 +30,8 @@ PAGE_SECONDS = 2.0
 """How long to wait for the next page of a span: they are all durable, so longer means that they are gone."""
 
 CHUNK_TOKENS = 512
+REPLY_LIMIT_BYTES = 1_000_000
+"""Largest payload that is published: a NATS server takes 1 MB by default, headers included."""
 
 
 class PagesGone(Exception):
@@ -120,7 +122,8 @@ class ResultsReader:
                 await self._publish(reply, chunk)
             closing = Chunk(last.request, last.position, last.tokens, last.text, last.texts, end, usage, error)
             await self._publish(reply, closing)
-            await self._bus.publish(reply.subject, b"")
+            if not reply.single:
+                await self._bus.publish(reply.subject, b"")
 
     async def _refused(self, message: ReaderRefused) -> None:
         refusal = Refusal(message.code, message.reason)
@@ -131,6 +134,10 @@ class ResultsReader:
 
     async def _publish(self, reply: ReplyTo, chunk: Chunk) -> None:
         payload = encode_chunk(chunk, reply.encoding)
+        if len(payload) > REPLY_LIMIT_BYTES:
+            error = ErrorBody("too_large", f"the answer takes {len(payload)} bytes: read it as a stream with resume")
+            whole = Chunk(chunk.request, chunk.position, (), "", end="failed", usage=chunk.usage, error=error)
+            payload = encode_chunk(whole, reply.encoding)
         await self._bus.publish(reply.subject, payload, headers=reply_headers(reply.encoding) or None)
 
     async def result(self, ended: RequestEnded) -> Result:

@@ -6,6 +6,7 @@ Rules
 * Room is made by evicting what is not leased, least recently used first; the eviction says why.
 * The driver obeys in order, so an eviction counts as done for the decisions that follow it.
 * A storage driver that is lost grants nothing: who waits is refused and may try elsewhere.
+* A model that was packed anew under its name is served as it was until its last lease is returned.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from bus.messages import (
     DropModel,
     EvictModel,
     FindModel,
+    HeldModel,
     LeaseGranted,
     LeaseModel,
     LeaseRefused,
@@ -43,7 +45,11 @@ from bus.messages import (
 
 
 class StoredModel(msgspec.Struct):
-    """One model on this server. `leases` and `waiting` are keyed by worker, as ordered sets."""
+    """One model on this server. `leases` and `waiting` are keyed by worker, as ordered sets.
+
+    `dropping`: to be deleted when nobody uses it; `deleting`: the driver is told, and for placement it is gone;
+    `newer`: what replaces it then.
+    """
 
     card: ModelCard
     tier: Tier = "ssd"
@@ -52,6 +58,8 @@ class StoredModel(msgspec.Struct):
     waiting: dict[str, bool] = {}
     used_at: int = 0
     dropping: bool = False
+    deleting: bool = False
+    newer: ModelCard | None = None
 
 
 class StoreState(msgspec.Struct):
@@ -88,17 +96,21 @@ class Store(Actor):
             self.state.models[held.card.model] = model
         for name, gone in before.items():
             said += self._refuse(name, gone, f"server {message.server} no longer holds {name}", retry=True)
-        ready = ServerReady(message.server, message.dram_bytes, message.models)
-        return [*said, To("placement", ready), *self._fit()]
+        models = tuple(HeldModel(model.card, model.tier) for model in self.state.models.values())
+        said += [To("placement", ServerReady(message.server, message.dram_bytes, models)), *self._fit()]
+        for name, model in list(self.state.models.items()):
+            said += self._release(name, model)
+        return said
 
     def on_DriverLost(self, message: DriverLost, now: int) -> list[To]:
-        if message.epoch != self.state.epoch:
+        """Also of a later epoch: one whose `started` could not be taken."""
+        if not self.state.epoch or message.epoch < self.state.epoch:
             return []
         self.state.epoch = 0
         said = [To("placement", ServerGone(self.state.server))]
         for name, model in self.state.models.items():
             said += self._refuse(name, model, f"the storage driver of {self.state.server} is lost", retry=True)
-            model.loading = False
+            model.loading = model.deleting = False
         return said
 
     def _fit(self) -> list[To]:
@@ -115,7 +127,7 @@ class Store(Actor):
 
     def on_LeaseModel(self, message: LeaseModel, now: int) -> list[To]:
         model = self.state.models.get(message.model)
-        if not self.state.epoch or model is None or model.dropping:
+        if not self.state.epoch or model is None or model.dropping or model.deleting:
             where = f"server {self.state.server}"
             reason = f"the storage driver of {where} is not up"
             if self.state.epoch:
@@ -150,7 +162,7 @@ class Store(Actor):
         model.leases.pop(message.worker, None)
         model.waiting.pop(message.worker, None)
         model.used_at = now
-        return self._drop(message.model, model)
+        return self._release(message.model, model)
 
     def on_ModelLoaded(self, message: ModelLoaded, now: int) -> list[To]:
         model = self.state.models[message.model]
@@ -160,16 +172,17 @@ class Store(Actor):
             model.leases[worker] = True
             said.append(To(worker, LeaseGranted(message.model, model.card.digest, "ssd")))
         model.waiting = {}
-        return [*said, *self._drop(message.model, model)]
+        return [*said, *self._release(message.model, model)]
 
     def on_LoadFailed(self, message: LoadFailed, now: int) -> list[To]:
         model = self.state.models[message.model]
         model.loading = False
-        said = self._refuse(message.model, model, message.reason, retry=not message.gone)
-        if message.gone:
+        said = self._refuse(message.model, model, message.reason, retry=True)
+        if message.gone and model.newer is None:
             del self.state.models[message.model]
-            said.append(To("placement", ModelGone(self.state.server, message.model)))
-        return said
+            return [*said, To("placement", ModelGone(self.state.server, message.model))]
+        said.append(To("placement", ModelHeld(self.state.server, model.card, "ssd")))
+        return [*said, *self._release(message.model, model)]
 
     def on_ModelEvicted(self, message: ModelEvicted, now: int) -> list[To]:
         return []
@@ -177,40 +190,48 @@ class Store(Actor):
     # ---- which models there are -------------------------------------------------------------------------------
 
     def on_LookForModel(self, message: LookForModel, now: int) -> list[To]:
+        known = self.state.models.get(message.model)
+        if known is not None:
+            known.dropping = False
         return [To(self._driver, FindModel(message.model))] if self.state.epoch else []
 
     def on_ModelFound(self, message: ModelFound, now: int) -> list[To]:
         card = message.card
         known = self.state.models.get(card.model)
+        if known is not None and known.deleting:
+            known.newer = card
+            return []
         if known is None:
             self.state.models[card.model] = StoredModel(card, leases={}, waiting={}, used_at=now)
             return [To("placement", ModelHeld(self.state.server, card, "ssd"))]
-        known.dropping = False
-        if known.card.digest == card.digest:
-            return [To("placement", ModelHeld(self.state.server, card, known.tier))]
-        known.card = card
-        if not known.leases:
-            known.tier = "ssd"
+        if known.card.digest != card.digest:
+            known.newer = card
+            return self._release(card.model, known)
+        known.card, known.newer = card, None
         return [To("placement", ModelHeld(self.state.server, card, known.tier))]
 
     def on_ModelMissing(self, message: ModelMissing, now: int) -> list[To]:
         model = self.state.models.get(message.model)
-        if model is None or model.leases:
+        if model is None or model.leases or model.loading:
             return []
+        if model.deleting:
+            return self.on_ModelDeleted(ModelDeleted(message.model), now)
         del self.state.models[message.model]
-        said = self._refuse(message.model, model, message.reason, retry=True)
-        return [*said, To("placement", ModelGone(self.state.server, message.model))]
+        return [To("placement", ModelGone(self.state.server, message.model))]
 
     def on_DropModel(self, message: DropModel, now: int) -> list[To]:
         model = self.state.models.get(message.model)
         if model is None:
             return []
         model.dropping = True
-        return self._drop(message.model, model)
+        return self._release(message.model, model)
 
     def on_ModelDeleted(self, message: ModelDeleted, now: int) -> list[To]:
-        self.state.models.pop(message.model, None)
-        return [To("placement", ModelGone(self.state.server, message.model))]
+        model = self.state.models.get(message.model)
+        if model is None or not model.deleting:
+            return []
+        del self.state.models[message.model]
+        return self.on_ModelFound(ModelFound(model.newer), now) if model.newer is not None else []
 
     # ---- what they have in common -----------------------------------------------------------------------------
 
@@ -243,9 +264,20 @@ class Store(Actor):
         model.waiting = {}
         return said
 
-    def _drop(self, name: str, model: StoredModel) -> list[To]:
-        """Delete a model that is to go, once nobody uses it and no load is under way."""
-        if not model.dropping or model.leases or model.waiting or model.loading or not self.state.epoch:
+    def _release(self, name: str, model: StoredModel) -> list[To]:
+        """Replace or delete a model that is to be, once nobody uses it and no load is under way."""
+        if model.leases or model.loading or model.deleting or not self.state.epoch:
             return []
-        said = self._evict(name, "the model is being removed") if model.tier == "dram" else []
-        return [*said, To(self._driver, DeleteModel(name))]
+        said: list[To] = []
+        if model.newer is not None:
+            said += self._evict(name, "the model was replaced") if model.tier == "dram" else []
+            model.card, model.newer = model.newer, None
+            said.append(To("placement", ModelHeld(self.state.server, model.card, "ssd")))
+        if model.dropping:
+            said += self._evict(name, "the model is being removed") if model.tier == "dram" else []
+            model.deleting = True
+            said += [
+                To(self._driver, DeleteModel(name)),
+                To("placement", ModelGone(self.state.server, name)),
+            ]
+        return said

@@ -82,6 +82,10 @@ class StubRuntime:
         stops = StopFilter(start.sampling.stop)
         return tuple("" if token in self.eos else stops.push(f"tok{token} ") for token in start.generated)
 
+    async def cancel(self, sequences: Sequence[tuple[Engine, str]]) -> None:
+        for engine, key in sequences:
+            engine.cancel(key)
+
     async def step(self, engines: Sequence[tuple[str, Engine]]) -> list[StepResult]:
         await asyncio.sleep(self.step_seconds)
         results = []

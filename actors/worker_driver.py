@@ -18,7 +18,6 @@ from collections import deque
 
 from actors.driver import FACTS_IN_FLIGHT, Epoch
 from actors.driver_core import Effect, EpochOver
-from actors.tasks import Tasks
 from actors.token_writer import Fenced, TokenWriter
 from actors.worker_prompts import NotKept, Prompts
 from actors.worker_runtime import AttachRefused, PromptRefused, StepResult, WorkerRuntime
@@ -45,6 +44,7 @@ from bus.messages import (
 )
 from bus.pages import Page, PageEnd, encode_page
 from bus.subjects import Subjects
+from bus.tasks import Tasks
 from models.contract import NO_TOKEN, AdmissionRefused, Engine, Sampling, SequenceStart
 
 PROGRESS_SECONDS = 1.0
@@ -122,12 +122,12 @@ class _Work:
 
     async def run(self) -> None:
         try:
-            self._tasks.spawn(self._obey())
-            self._tasks.spawn(self._compute())
-            self._tasks.spawn(self._make_durable())
-            await self._tasks.failure
+            self._tasks.start(self._obey(), "obeys")
+            self._tasks.start(self._compute(), "computes")
+            self._tasks.start(self._make_durable(), "makes durable")
+            await self._tasks.wait()
         finally:
-            await self._tasks.end()
+            await self._tasks.stop()
 
     # ---- effects ----------------------------------------------------------------------------------------------
 
@@ -142,7 +142,7 @@ class _Work:
             elif isinstance(message, AddReader):
                 self._add_reader(effect.number, message)
             elif isinstance(message, AttachModel):
-                self._tasks.spawn(self._attach(effect.number, message))
+                self._tasks.spawn(self._attach(effect.number, message), "attaches")
             elif isinstance(message, DetachModel):
                 self._detaching.append(effect)
                 self._compute_wanted.set()
@@ -176,7 +176,7 @@ class _Work:
             self._epoch.state(SequenceRefused(message.request, message.attempt, reason, retry=True), answers=number)
             return
         self._held[sequence.key] = sequence
-        self._tasks.spawn(self._prepare(sequence))
+        self._tasks.spawn(self._prepare(sequence), "prepares")
 
     def _cancel(self, number: int, message: CancelSequence) -> None:
         sequence = self._held.get(f"{message.request}/{message.attempt}")
@@ -252,13 +252,13 @@ class _Work:
     async def _compute(self) -> None:
         while True:
             batch = Batch()
-            self._stop(batch)
+            await self._stop(batch)
             await self._detach(batch)
             self._admit()
             engines = [(model, engine) for model, engine in self._engines.items() if engine.active()]
             if engines:
                 for result in await self._runtime.step(engines):
-                    self._absorb(result, batch)
+                    await self._absorb(result, batch)
             if batch:
                 await self._batch_taken.wait()
                 self._batch = batch
@@ -268,20 +268,23 @@ class _Work:
                 await self._compute_wanted.wait()
                 self._compute_wanted.clear()
 
-    def _stop(self, batch: Batch) -> None:
+    async def _stop(self, batch: Batch) -> None:
         """Sequences that are to end now leave their engine; a page says why."""
+        leaving = []
         for sequence in self._held.values():
             if sequence.stopping and sequence.start is not None and not sequence.leaving:
                 if sequence.running:
-                    self._engines[sequence.effect.model].cancel(sequence.key)
+                    leaving.append((self._engines[sequence.effect.model], sequence.key))
                 batch.add(sequence, (), (), sequence.stopping)
+        if leaving:
+            await self._runtime.cancel(leaving)
 
     async def _detach(self, batch: Batch) -> None:
         while self._detaching:
             effect = self._detaching.popleft()
             assert isinstance(effect.message, DetachModel)
             model = effect.message.model
-            self._fail_all(model, batch, f"{model} was detached from this worker")
+            await self._fail_all(model, batch, f"{model} was detached from this worker")
             if self._engines.pop(model, None) is not None:
                 await self._runtime.detach(model)
             self._epoch.state(ModelDetached(model), answers=effect.number)
@@ -306,9 +309,9 @@ class _Work:
                 except AdmissionRefused as refused:
                     self._refuse(sequence, str(refused))
 
-    def _absorb(self, result: StepResult, batch: Batch) -> None:
+    async def _absorb(self, result: StepResult, batch: Batch) -> None:
         if result.error:
-            self._break_off(result, batch)
+            await self._break_off(result, batch)
             return
         self._troubled.pop(result.model, None)
         for event in result.events:
@@ -320,21 +323,24 @@ class _Work:
             end: PageEnd = "" if event.end is None else "stop" if event.end == "stop" else "length"
             batch.add(sequence, tokens, texts, end)
 
-    def _break_off(self, result: StepResult, batch: Batch) -> None:
+    async def _break_off(self, result: StepResult, batch: Batch) -> None:
         """An engine broke in a step: what it held has failed. Twice in a row, and the device is not to be trusted."""
         logger.error("%s broke off a step: %s", result.model, result.error, extra={"epoch": self._epoch.number})
         if self._troubled.get(result.model):
             raise EpochOver(f"the engine of {result.model} breaks off every step: {result.error}")
         self._troubled[result.model] = True
-        self._fail_all(result.model, batch, f"the engine of {result.model} broke off: {result.error}")
+        await self._fail_all(result.model, batch, f"the engine of {result.model} broke off: {result.error}")
         if self._engines[result.model].active():
             raise EpochOver(f"the engine of {result.model} cannot be cleared after an error: {result.error}")
 
-    def _fail_all(self, model: str, batch: Batch, reason: str) -> None:
+    async def _fail_all(self, model: str, batch: Batch, reason: str) -> None:
+        leaving = []
         for sequence in self._held.values():
             if sequence.effect.model == model and sequence.running and not sequence.leaving:
-                self._engines[model].cancel(sequence.key)
+                leaving.append((self._engines[model], sequence.key))
                 batch.fail(sequence, reason)
+        if leaving:
+            await self._runtime.cancel(leaving)
 
     # ---- making durable, showing, stating ------------------------------------------------------------------------
 

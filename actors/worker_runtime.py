@@ -39,8 +39,8 @@ class StepResult(NamedTuple):
 class WorkerRuntime(Protocol):
     """Engines of one device. Between two calls of `step` the engines belong to the caller.
 
-    `attach`, `encode` and `texts` may run while a step runs; `detach` and `reset` may not be called then, except
-    that `reset` after a step was cancelled waits until it is really over.
+    `attach`, `encode` and `texts` may run while a step runs; `cancel`, `detach` and `reset` may not be called then,
+    except that `reset` after a step was cancelled waits until it is really over.
     """
 
     @property
@@ -64,6 +64,10 @@ class WorkerRuntime(Protocol):
 
     async def texts(self, model: str, start: SequenceStart) -> tuple[str, ...]:
         """The pieces of text of the tokens in `start.generated`, as they were when these were decoded."""
+        ...
+
+    async def cancel(self, sequences: Sequence[tuple[Engine, str]]) -> None:
+        """Free the slots of these sequences, each named by its engine and key."""
         ...
 
     async def step(self, engines: Sequence[tuple[str, Engine]]) -> list[StepResult]:

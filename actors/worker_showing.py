@@ -47,7 +47,7 @@ class Showing:
             last = sequence.ended and following == sequence.durable
             reader.done = last
             await self._bus.publish(reply.subject, payload, headers=headers)
-            if last:
+            if last and not reply.single:
                 await self._bus.publish(reply.subject, b"")
 
     def _chunk(self, sequence: HeldSequence, first: int, following: int, reader: ReplyReader) -> bytes:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bus.connection import Connection
-from bus.contract import BusError, Delivery
+from bus.contract import Bus, BusError, Delivery
 from bus.delivery_queue import DeliveryQueue
 from bus.jetstream_api import STREAM_NOT_FOUND, ApiError, call, stream_info
 from bus.jetstream_log import JetStreamLog
@@ -230,3 +230,9 @@ class JetStreamBus:
     async def close(self) -> None:
         """Send what was published, and close for good."""
         await self._connection.close()
+
+
+if TYPE_CHECKING:
+
+    def _keeps_the_contract(bus: JetStreamBus) -> Bus:
+        return bus

@@ -57,7 +57,7 @@ class JetStreamReader:
         self._trouble = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.recreated = 0
-        """How often a consumer had to be replaced."""
+        """How often another consumer had to be asked for."""
 
     @classmethod
     async def open(cls, connection: Connection, stream: str, filters: Sequence[str], start: int) -> JetStreamReader:
@@ -227,8 +227,8 @@ class JetStreamReader:
             try:
                 await self._connection.wait_connected()
                 await self._compare()
-                await self._consume()
                 self.recreated += 1
+                await self._consume()
                 return
             except NoAnswer:
                 missing_since = 0.0

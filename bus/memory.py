@@ -15,8 +15,9 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from bus.contract import Appended, BusError, Delivery, NoAnswer, NoResponders, Record
+from bus.contract import Appended, Bus, BusError, Delivery, NoAnswer, NoResponders, Record
 from bus.delivery_queue import DeliveryQueue
 from bus.memory_faults import Faults, NoFaults
 from bus.memory_log import MemoryLog, check_size
@@ -402,3 +403,9 @@ class MemoryBus:
             await self.round_trip("closing")
         except NoAnswer:
             pass
+
+
+if TYPE_CHECKING:
+
+    def _keeps_the_contract(bus: MemoryBus) -> Bus:
+        return bus

@@ -34,21 +34,17 @@ class Pipe:
 
     def __init__(self) -> None:
         self._queue: deque[tuple[float, Callable[[], None]]] = deque()
-        self._last_due = 0.0
         self._handle: asyncio.Handle | None = None
 
     def put(self, delay: float, action: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
-        due = max(loop.time() + delay, self._last_due)
-        self._last_due = due
-        self._queue.append((due, action))
+        self._queue.append((loop.time() + delay, action))
         if self._handle is None:
             self._arm()
 
     def clear(self) -> None:
         """Everything on the way is lost."""
         self._queue.clear()
-        self._last_due = 0.0
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None

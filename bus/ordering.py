@@ -7,6 +7,7 @@ Rules
 * A fact of an epoch that is not open is recorded, and not taken.
 * `driver.lost` closes the epoch it names; for any other epoch it is a repeat.
 * A fact whose rolling hash does not continue its epoch's marks the epoch broken: nothing more of it is taken.
+  So does the cell where it closes an epoch. What is broken counts as lost once watch has said so.
 * All other facts stand alone, are never held, and are taken at once.
 
 What cannot be read at all is taken with `error` set, so that the cell can say so in its place.
@@ -34,6 +35,9 @@ BOOTS_REMEMBERED = 256
 
 HELD_LIMIT = 4096
 """Facts held per epoch. A driver that is further ahead than this has lost the thread: its epoch is broken."""
+
+CLOSED = "the cell closed the epoch"
+"""Why an epoch is broken that `close` has ended."""
 
 _STARTED_KINDS = frozenset(kind_of(kind) for kind in STARTED)
 
@@ -99,7 +103,7 @@ class FactOrder:
         """What may be taken now that this fact stands in the ledger: nothing, one fact, or several."""
         try:
             envelope = decode_fact(record.payload)
-        except (msgspec.DecodeError, ValueError) as error:
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
             return [_unreadable(record, subject.actor, "", f"not a fact envelope: {error}")]
         if envelope.boot == "" and envelope.epoch == 0:
             return self._alone(record, subject, envelope)
@@ -112,10 +116,24 @@ class FactOrder:
         return self._within(record, subject, envelope)
 
     def close(self, driver: str, epoch: int) -> None:
-        """The cell closes an epoch: later facts under it are not taken."""
+        """The cell closes an epoch: later facts under it are not taken.
+
+        It stands as broken until a `started` or `driver.lost` says to everybody that it is over.
+        """
         current = self.state.drivers.get(driver)
         if current is not None and current.epoch == epoch:
-            del self.state.drivers[driver]
+            current.broken = CLOSED
+            current.held.clear()
+
+    def closed(self, fact: TakenFact) -> bool:
+        """Whether the epoch of a fact that was handed out has been closed by the cell since then."""
+        current = self.state.drivers.get(fact.actor)
+        return (
+            not isinstance(fact.message, DriverLost)
+            and current is not None
+            and current.epoch == fact.epoch
+            and current.broken == CLOSED
+        )
 
     def epoch_of(self, driver: str) -> OpenEpoch | None:
         return self.state.drivers.get(driver)
@@ -204,7 +222,7 @@ class FactOrder:
 def _read_body(envelope: FactEnvelope, kind: str) -> tuple[Message | None, str]:
     try:
         message = decode_fact_body(envelope.body)
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         return None, f"not a valid {kind}: {error}"
     if kind_of(message) != kind:
         return None, f"the subject says {kind}, the body {kind_of(message)}"

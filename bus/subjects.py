@@ -117,6 +117,11 @@ class Subjects:
     def said(self, sender: str, receiver: str, kind: str) -> str:
         return f"{self._said}{sender}.{receiver}.{kind}"
 
+    @property
+    def said_prefix(self) -> str:
+        """What every subject of a derived message begins with."""
+        return self._said
+
     def said_to(self, receiver: str) -> str:
         return f"{self._said}*.{receiver}.>"
 

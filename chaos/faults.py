@@ -38,8 +38,8 @@ class Odds:
 
 LARGEST = Odds(
     append_late=0.03,
-    append_lost=0.01,
-    answer_lost=0.02,
+    append_lost=0.03,
+    answer_lost=0.04,
     answer_late=0.05,
     stored_twice=0.03,
     delivery_late=0.02,
@@ -61,7 +61,8 @@ def draw_odds(random: Random) -> Odds:
 class SeededFaults:
     """The fates of one connection. `active` false: only the latency of a calm network is left.
 
-    `stall` is a frozen process: until then nothing of it arrives and nothing reaches it, and all of it does later.
+    `stall` is a frozen process: what it appends and reads arrives only when that is over. (Its core messages are held
+    back by whoever publishes them: late ones would hold up those of others on the way to the same subscriber.)
     """
 
     def __init__(self, random: Random, odds: Odds) -> None:
@@ -73,9 +74,14 @@ class SeededFaults:
     def stall(self, seconds: float) -> None:
         self._stalled_until = asyncio.get_running_loop().time() + seconds
 
+    def end(self) -> None:
+        """From here on nothing goes wrong; what is late already arrives when it does."""
+        self.active = False
+        self._stalled_until = 0.0
+
     def append(self, log: str, subject: str, message_id: str) -> AppendFate:
         random, odds = self._random, self._odds
-        delay = self._stall() or 0.0001 + 0.0004 * random.random()
+        delay = self.stalled() or 0.0001 + 0.0004 * random.random()
         answer = 0.0001 + 0.0004 * random.random()
         if not self.active:
             return AppendFate(delay=delay, acknowledgement_delay=answer)
@@ -91,19 +97,20 @@ class SeededFaults:
 
     def deliver(self, log: str, record: Record) -> float:
         random = self._random
-        delay = self._stall() or 0.0001 + 0.0004 * random.random()
+        delay = self.stalled() or 0.0001 + 0.0004 * random.random()
         if self.active and random.random() < self._odds.delivery_late:
             delay += random.random()
         return delay
 
     def core(self, subject: str) -> float | None:
         random = self._random
-        delay = self._stall() or 0.0001 + 0.0004 * random.random()
+        delay = 0.0001 + 0.0004 * random.random()
         if self.active and random.random() < self._odds.core_lost:
             return None
         if self.active and random.random() < self._odds.core_late:
             delay += 0.3 * random.random()
         return delay
 
-    def _stall(self) -> float:
+    def stalled(self) -> float:
+        """Seconds for which it stays frozen; 0 where it is not."""
         return max(0.0, self._stalled_until - asyncio.get_running_loop().time())

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler_legacy import profile
 from transformers import GenerationConfig
 
 from models.architecture import describe
@@ -89,6 +89,7 @@ def measure(
     rounds: int = 5,
     answer_tokens: int = 64,
     steps: int = 24,
+    contexts: tuple[int, int] = CONTEXTS,
     device: str = "cpu",
     progress: Callable[[str], None] = lambda _: None,
 ) -> EngineFigures:
@@ -96,20 +97,23 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="longshore-bench-") as folder:
         progress("making the sample")
         directory = Path(folder) / "sample"
-        longest = max(CONTEXTS) + steps + (_WINDOWS + 1) * _WINDOW_STEPS + 8
+        longest = max(contexts) + steps + _WINDOWS * _WINDOW_STEPS + 8
         sample = make_sample(directory, arch=arch, parameters=parameters, seed=7, dtype=dtype, context=longest)
         model = load_model(directory, None, device=device)
         # Nothing ends an answer, nothing is drawn.
         model.generation_config = GenerationConfig(pad_token_id=model.config.pad_token_id)  # type: ignore[no-untyped-call]
-        engine = _engine(model, longest, load_decode(directory))
+        decode = load_decode(directory)
+        engine = _engine(model, longest, decode)
         throughput = []
         for sequences in BATCHES:
             progress(f"{sequences} sequences beside generate")
             throughput.append(_beside_generate(engine, model, sequences, rounds, answer_tokens, sample.vocabulary))
-        timed = []
-        for context in CONTEXTS:
-            progress(f"steps of {max(BATCHES)} sequences at context {context}")
-            timed.append(_step_time(engine, max(BATCHES), context, steps, sample.vocabulary))
+        filled = []
+        for context in contexts:
+            progress(f"prefill of {max(BATCHES)} sequences up to {context}")
+            filled.append(_filled(_engine(model, longest, decode), context, steps, sample.vocabulary))
+        progress("decode steps")
+        timed = _step_times(filled, contexts, steps)
         return EngineFigures(
             model=arch,
             parameters=sample.parameters,
@@ -176,30 +180,45 @@ def _beside_generate(
     )
 
 
-def _step_time(engine: SlotEngine, sequences: int, context: int, steps: int, vocabulary: int) -> StepTime:
-    """Steps around a context: half of them before, half behind it; the profiled ones follow."""
+def _filled(engine: SlotEngine, context: int, steps: int, vocabulary: int) -> SlotEngine:
+    """The engine with all slots decoding, half of the timed steps before `context`."""
     # The first rows decode while the last are still in prefill: a shorter prompt makes up for it, so that in the
     # timed steps every row stands near `context`, and no two at the same place, as in real traffic.
     chunks = -(-context // DEFAULT_PREFILL_CHUNK)
-    for index in range(sequences):
-        ahead = steps // 2 + chunks * (sequences - index) + index % 5
+    for index in range(engine.slots):
+        ahead = steps // 2 + chunks * (engine.slots - index) + index % 5
         prompt = _prompts(1, max(1, context - ahead), vocabulary)[0]
         engine.admit(SequenceStart(str(index), prompt, (), Sampling(max_tokens=engine.context)))
     begun: set[str] = set()
-    while len(begun) < sequences:
+    while len(begun) < engine.slots:
         begun |= {event.key for event in engine.step()}
-    times = [_seconds(engine.step) for _ in range(steps)]
-    _profile(engine)  # the first window of a process pays for the start of the profiler
-    windows = [_profile(engine) for _ in range(_WINDOWS)]
-    for index in range(sequences):
-        engine.cancel(str(index))
-    spent = {kind: statistics.median(window[kind] for window in windows) for kind in windows[0]}
-    return StepTime(sequences=sequences, context=context, step_ms=1000 * statistics.median(times), **spent)
+    return engine
+
+
+def _step_times(engines: Sequence[SlotEngine], contexts: Sequence[int], steps: int) -> list[StepTime]:
+    """Steps of the engines in turns, so that a busy machine slows all of them; then profiled ones, in turns too."""
+    times: list[list[float]] = [[] for _ in engines]
+    for _ in range(steps):
+        for engine, taken in zip(engines, times, strict=True):
+            taken.append(_seconds(engine.step))
+    windows: list[list[dict[str, float]]] = [[] for _ in engines]
+    for _ in range(_WINDOWS):
+        for engine, spent in zip(engines, windows, strict=True):
+            spent.append(_profile(engine))
+    return [
+        StepTime(
+            sequences=engine.slots,
+            context=context,
+            step_ms=1000 * statistics.median(taken),
+            **{kind: statistics.median(window[kind] for window in spent) for kind in spent[0]},
+        )
+        for engine, context, taken, spent in zip(engines, contexts, times, windows, strict=True)
+    ]
 
 
 def _profile(engine: SlotEngine) -> dict[str, float]:
     """Milliseconds per step of each kind of operator, and of what is none."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with profile() as profiler:  # type: ignore[no-untyped-call]  # the newer one prints to stderr
         total = sum(_seconds(engine.step) for _ in range(_WINDOW_STEPS))
     spent = dict.fromkeys(("attention_ms", "products_ms", "cache_ms", "other_ms"), 0.0)
     for operator in profiler.key_averages():
@@ -236,7 +255,7 @@ def tables(figures: EngineFigures) -> Sequence[Any]:
         )
     steps = Table(
         title="one decode step, ms",
-        caption=f"128 to 1,024: the step grows by {figures.growth_ms:.1f} ms, "
+        caption=f"{figures.steps[0].context} to {figures.steps[-1].context}: the step grows by {figures.growth_ms:.1f} ms, "
         f"attention by {figures.attention_growth_ms:.1f} ms",
     )
     for name in ("sequences", "context", "step", "attention", "products", "cache", "other ops", "framework"):

@@ -104,9 +104,9 @@ def bench_engine(
             parameters=min(parse_size(size), 8_000_000) if quick else parse_size(size),
             dtype=dtype,
             device=device,
-            rounds=3 if quick else 9,
-            answer_tokens=24 if quick else 64,
-            steps=12 if quick else 32,
+            rounds=3 if quick else 5,
+            answer_tokens=24 if quick else 48,
+            steps=12 if quick else 24,
             progress=lambda doing: typer.echo(doing, err=True),
         )
     except ModelError as error:

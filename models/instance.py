@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from models.architecture import DEFAULT_CONTEXT_AT_MOST, describe
-from models.contract import Sampling
+from models.contract import Engine, Sampling
 from models.detokenizer import Decode
 from models.engine import DEFAULT_PREFILL_CHUNK, SlotEngine
 from models.errors import ModelError
@@ -32,7 +33,7 @@ class Defaults:
 class Instance:
     """One loaded model. `engine` belongs to one thread; encoding may run in another."""
 
-    def __init__(self, engine: SlotEngine, tokenizer: Any, defaults: Defaults, name: str) -> None:
+    def __init__(self, engine: Engine, tokenizer: Any, defaults: Defaults, name: str) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.defaults = defaults
@@ -58,6 +59,7 @@ class Instance:
     def close(self) -> None:
         """Let go of weights and cache; the instance is of no use afterwards."""
         del self.engine
+        gc.collect()  # modules refer to each other in circles; their memory is wanted now
 
 
 def load_instance(

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from models.contract import NO_TOKEN, AdmissionRefused, SequenceStart, TokenEvent, check_start
+from models.contract import NO_TOKEN, AdmissionRefused, Engine, SequenceStart, TokenEvent, check_start
 from models.stops import StopFilter
 
 
@@ -115,3 +115,6 @@ class StubEngine:
         if full or sequence.position >= sequence.start.sampling.max_tokens:
             return text + sequence.stops.flush(), "length"
         return text, None
+
+
+_KEEPS_THE_CONTRACT: type[Engine] = StubEngine  # for the type checker

@@ -158,6 +158,7 @@ SAID: tuple[type[Message], ...] = (
     ShowFrom,
     SequenceEnded,
     SequenceRejected,
+    ReaderAdded,
     ShowPositions,
     RequestEnded,
     ReaderRefused,

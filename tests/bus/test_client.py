@@ -22,7 +22,7 @@ HASTE = Patience(silence=0.03, nobody=0.2, total=2.0)
 
 def world(scenario: Coroutine[Any, Any, None]) -> None:
     async def limited() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(20):
             await scenario
 
     asyncio.run(limited())
@@ -78,7 +78,7 @@ def test_a_hole_is_asked_for_before_silence_is() -> None:
         async with FakeCell(server.bus("control")) as cell:
             cell.words_lost = 3  # the status and two chunks, and nothing comes after the fifth
             cell.chunks_shown = 5
-            client = Client(server.bus("reader"), patience=Patience(silence=20.0))
+            client = Client(server.bus("reader"), patience=Patience(silence=100.0, total=200.0))
             check_whole(await read(client), 20)
             assert cell.asked[-1] == ("resume", {"from": 0})
 
@@ -91,7 +91,7 @@ def test_a_reconnect_asks_at_once_for_the_rest() -> None:
         async with FakeCell(server.bus("control")) as cell:
             bus = server.bus("reader")
             cell.chunks_shown = 5
-            answer = Client(bus, patience=Patience(silence=20.0)).infer("llama-a", "hello")
+            answer = Client(bus, patience=Patience(silence=100.0, total=200.0)).infer("llama-a", "hello")
             chunks = [await anext(answer) for _ in range(5)]
             server.outage(0.05, bus)
             chunks += [chunk async for chunk in answer]

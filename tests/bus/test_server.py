@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -126,17 +127,38 @@ def test_it_dies_with_its_parent(tmp_path: Path, last_signal: signal.Signals) ->
         pass
 
 
+def test_a_store_is_in_use_until_the_orphan_is_gone(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(store)], env=environment, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        os.kill(pid, signal.SIGSTOP)  # it cannot follow its parent yet
+        parent.kill()
+        parent.wait(10)
+    try:
+        with pytest.raises(ServerError, match="in use"):
+            EmbeddedServer(store).start()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: not alive(pid))
+    with EmbeddedServer(store):
+        pass
+
+
 async def test_no_server_is_said_within_two_seconds() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    started = time.monotonic()
-    with pytest.raises(Unreachable, match=f"no NATS server answers at nats://127.0.0.1:{port}: start one"):
-        await JetStreamBus.connect(f"nats://127.0.0.1:{port}", "main")
+        refusing = closed.getsockname()[1]
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        port = silent.getsockname()[1]
-        with pytest.raises(Unreachable):
-            await JetStreamBus.connect(f"nats://127.0.0.1:{port}", "main")
-    assert time.monotonic() - started < 2 * 2.5
+        urls = [f"nats://127.0.0.1:{port}" for port in (refusing, silent.getsockname()[1])]
+        started = time.monotonic()
+        errors = await asyncio.gather(*(JetStreamBus.connect(url, "main") for url in urls), return_exceptions=True)
+    assert time.monotonic() - started < 3
+    for url, error in zip(urls, errors, strict=True):
+        assert isinstance(error, Unreachable)
+        assert str(error).startswith(f"no NATS server answers at {url}: start one")
 
 
 @pytest.mark.parametrize("url", ["", "http://127.0.0.1:1", "nonsense://x", "nats://127.0.0.1:port", "nats://"])

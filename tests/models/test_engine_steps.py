@@ -131,6 +131,28 @@ def test_at_most_one_slot_moves_when_a_sequence_leaves(loaded, monkeypatch):
     assert len(moves) <= 3
 
 
+def test_rows_in_mid_prefill_change_places(loaded, monkeypatch):
+    swaps = []
+    swap = SlotCache.swap
+
+    def counting(cache, one, other, length):
+        swaps.append((one, other, length))
+        swap(cache, one, other, length)
+
+    monkeypatch.setattr(SlotCache, "swap", counting)
+    engine = loaded.engine(max_slots=3, prefill_chunk=16)
+    prompts = {"first": (30, 31, 32, 33), "older": tuple(range(40, 50)), "younger": tuple(range(60, 72))}
+    for key in ("first", "gone", "older"):
+        engine.admit(greedy(key, prompts.get(key, (1, 2))))
+    engine.cancel("gone")
+    engine.admit(greedy("younger", prompts["younger"]))  # in a slot before the older one
+    events = run(engine)
+    assert swaps == [(2, 1, 10)]
+    assert {key: tokens(found) for key, found in events.items()} == {
+        key: loaded.reference(prompt) for key, prompt in prompts.items()
+    }
+
+
 def test_slots_follow_from_the_budget(loaded):
     per_token = bytes_per_token(describe(loaded.model).layers, torch.float64)
     layer = loaded.engine()._cache._slot_layers[0]
@@ -167,10 +189,14 @@ def test_numbers_that_are_not_finite_do_not_reach_who_comes_after(loaded, monkey
     events = run(engine)
     assert tokens(events["good"]) == loaded.reference(prompt)
     monkeypatch.undo()
-    for key in ("a", "b"):
-        engine.admit(greedy(key, prompt))
-    events = run(engine)
-    assert tokens(events["a"]) == tokens(events["b"]) == loaded.reference(prompt)
+    # A longer neighbour lets the short one's row reach over what the bad one left behind.
+    longer = tuple(range(20, 100))
+    for first, second in ((prompt, longer), (longer, prompt)):
+        engine.admit(greedy("first", first))
+        engine.admit(greedy("second", second))
+        events = run(engine)
+        assert tokens(events["first"]) == loaded.reference(first)
+        assert tokens(events["second"]) == loaded.reference(second)
 
 
 def test_admission_is_cheap(loaded):

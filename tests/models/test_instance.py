@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from engine_support import greedy, run, tokens
 from transformers import AutoModelForCausalLM
 
+from models.contract import Sampling, SequenceStart
 from models.errors import ModelError
 from models.instance import load_instance, load_model
 from models.sample import ARCHITECTURES
@@ -163,6 +165,32 @@ def test_defaults_are_greedy_without_do_sample(sample_directory, tmp_path):
     assert defaults.eos == (0, 5)
     (directory / "generation_config.json").unlink()
     assert load_instance(directory, None, **BUDGET).defaults.eos == (0,)
+
+
+@pytest.mark.parametrize("stop", [(), ("e", "the h")])
+def test_text_goes_on_elsewhere_as_if_nothing_had_happened(sample_directory, stop):
+    instance = load_instance(sample_directory("llama"), None, max_slots=4, **BUDGET)
+    rng = random.Random(4)
+    broken = 0
+    for seed in range(3):
+        sampling = Sampling(max_tokens=32, temperature=3.0, seed=seed, stop=stop)
+        prompt = tuple(instance.encode_prompt("A ship nears the coast 雪")[: -1 - seed % 2])
+        instance.engine.admit(SequenceStart("whole", prompt, (), sampling))
+        whole = run(instance.engine)["whole"]
+        generated = [event.token for event in whole]
+        if not stop:
+            text = instance.tokenizer.decode([*prompt, *generated], skip_special_tokens=True)
+            seen = instance.tokenizer.decode(prompt, skip_special_tokens=True)
+            assert seen.rstrip("\ufffd") + "".join(event.text for event in whole) == text
+        broken += sum(not event.text for event in whole)
+        for _ in range(3):
+            cut = rng.randrange(len(whole))
+            instance.engine.admit(SequenceStart("rest", prompt, tuple(generated[:cut]), sampling))
+            rest = run(instance.engine)["rest"]
+            assert [(e.position, e.token, e.text, e.end) for e in rest] == [
+                (e.position, e.token, e.text, e.end) for e in whole[cut:]
+            ]
+    assert broken > 3  # half characters were held back
 
 
 def test_directories_that_are_no_models(sample_directory, tmp_path):

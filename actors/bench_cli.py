@@ -1,0 +1,87 @@
+"""`longshore bench bus | replay`: figures of this room, each as a table and as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json as json_module
+import platform
+from typing import Annotated, Any
+
+import typer
+
+from bus.options import Failure, JsonOption
+
+
+def bench_replay(
+    messages: Annotated[int, typer.Option(min=1000, help="Messages in the recording.")] = 100_000,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="How often it is verified; the median counts.")] = 5,
+    json: JsonOption = False,
+) -> None:
+    """How many messages per second a replay reads and verifies.
+
+    Example: longshore bench replay --json
+    """
+    from actors.bench_replay import bench_replay as measure
+
+    found = measure(messages, rounds) | {"python": platform.python_version(), "reach": {"derived_per_second": 50_000}}
+    if json:
+        print(json_module.dumps(found))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("recording", "read", "verified", "derived messages verified", "reach", title="bench replay")
+    table.add_row(
+        f"{found['messages']:,} messages, {found['facts']:,} of them facts",
+        f"{found['read_per_second']:,}/s",
+        f"{found['messages_per_second']:,}/s in all ({found['verified_seconds']} s)",
+        f"{found['derived_per_second']:,}/s",
+        "50,000/s",
+    )
+    Console().print(table)
+
+
+def bench_bus(
+    rate: Annotated[float, typer.Option(min=1, max=10_000, help="Requests per second, stub engine.")] = 100.0,
+    seconds: Annotated[float, typer.Option(min=1, max=600, help="How long each setting is measured.")] = 20.0,
+    max_tokens: Annotated[int, typer.Option(min=1, max=1000, help="Tokens per answer.")] = 4,
+    real: Annotated[bool, typer.Option("--real/--no-real", help="Measure the real engine, too.")] = True,
+    json: JsonOption = False,
+) -> None:
+    """Time from publishing a request to its first chunk, with fsync always and with the server's default.
+
+    Example: longshore bench bus --seconds 10 --json
+    """
+    from bus.contract import BusError
+
+    try:
+        found = asyncio.run(_bench_bus(rate, seconds, max_tokens, real))
+    except BusError as error:
+        raise Failure(str(error)) from None
+    if json:
+        print(json_module.dumps(found))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "setting", "requests", "first chunk p50", "p90", "p99", "max", "reach", title="bench bus (milliseconds)"
+    )
+    for name, row in found["settings"].items():
+        spread = row["first_chunk_ms"]
+        reach = "p50 3, p99 10" if name == "stub, fsync always" else "-"
+        table.add_row(name, str(row["requests"]), *(f"{spread[k]:.2f}" for k in ("p50", "p90", "p99", "max")), reach)
+    Console().print(table)
+    print(f"one write and fsync of 512 bytes takes {found['fsync_ms']} ms here (median)")
+
+
+async def _bench_bus(rate: float, seconds: float, max_tokens: int, real: bool) -> dict[str, Any]:
+    from actors.bench_bus import bench_real, bench_stub, probe_fsync
+
+    settings: dict[str, Any] = {}
+    for name, fsync in (("stub, fsync always", True), ("stub, default", False)):
+        settings[name] = await bench_stub(fsync=fsync, rate=rate, seconds=seconds, max_tokens=max_tokens)
+    if real:
+        found = await bench_real(fsync=True, seconds=seconds, max_tokens=max_tokens, parameters=8_000_000)
+        settings["real engine, 8 million parameters, fsync always"] = found
+    return {"rate": rate, "fsync_ms": await probe_fsync(), "settings": settings, "python": platform.python_version()}

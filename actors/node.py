@@ -1,0 +1,189 @@
+"""One server of a cell: the storage driver in this process, and a worker process per device, supervised.
+
+Workers are forked from a process that has imported everything they need and has a single thread (the fork server of
+`multiprocessing`). It ends when this process does, and the workers end with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import os
+import secrets
+import signal
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+
+from actors.driver import DriverShell
+from actors.local_storage import DEFAULT_CONTEXT, LocalStorage
+from actors.store_driver import StoreDriver
+from actors.worker_settings import WorkerSettings, start_worker
+from bus.jetstream import JetStreamBus
+from bus.tasks import Tasks
+
+FIRST_PAUSE_SECONDS = 0.05
+LONGEST_PAUSE_SECONDS = 2.0
+STEADY_SECONDS = 10.0
+"""A worker that lived this long was no failed start: it is restarted at once again."""
+STOP_SECONDS = 5.0
+
+_ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""For the workers: no thread may exist before the fork, and nothing is fetched from anywhere."""
+
+logger = logging.getLogger("longshore.node")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOptions:
+    """What a node is told at its start. `memory_bytes` and `threads` are per worker."""
+
+    nats: str
+    cell: str
+    server: str
+    data: Path
+    workers: int
+    memory_bytes: int
+    dram_bytes: int
+    slots: int
+    device: str
+    threads: int
+    context: int = DEFAULT_CONTEXT
+    log_json: bool = False
+
+    @property
+    def models(self) -> Path:
+        return self.data / "models"
+
+
+async def run_node(options: NodeOptions) -> None:
+    """Until SIGTERM or SIGINT, then everything is ended in order. Raises `Unreachable` where there is no server."""
+    loop = asyncio.get_running_loop()
+    bus = await JetStreamBus.connect(options.nats, options.cell, name=f"longshore store/{options.server}")
+    ending = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ending.set)
+    storage = LocalStorage(options.models, context_limit=options.context)
+    driver = StoreDriver(options.server, dram_bytes=options.dram_bytes, storage=storage, process=os.getpid())
+    shell = DriverShell(bus, bus.subjects, driver, boot=lambda: secrets.token_hex(8))
+    workers = [WorkerProcess(_context(), worker_settings(options, index)) for index in range(options.workers)]
+    tasks = Tasks()
+    try:
+        tasks.start(shell.run(), "store")
+        for worker in workers:
+            tasks.start(worker.supervise(), worker.name)
+        tasks.start(_until(ending), "ending")
+        with contextlib.suppress(_Ending):
+            await tasks.wait()
+    finally:
+        await tasks.stop()
+        await asyncio.gather(*(worker.stop() for worker in workers))
+        await bus.close()
+    logger.info("node %s has ended", options.server)
+
+
+def worker_settings(options: NodeOptions, index: int) -> WorkerSettings:
+    return WorkerSettings(
+        nats=options.nats,
+        cell=options.cell,
+        server=options.server,
+        index=index,
+        models=str(options.models),
+        memory_bytes=options.memory_bytes,
+        max_slots=options.slots,
+        device=f"cuda:{index}" if options.device == "cuda" else options.device,
+        threads=options.threads,
+        log_json=options.log_json,
+    )
+
+
+class WorkerProcess:
+    """One worker, started again whenever it ends."""
+
+    def __init__(self, context: ForkServerContext, settings: WorkerSettings) -> None:
+        self.settings = settings
+        self.name = f"gpu/{settings.server}/{settings.index}"
+        self._context = context
+        self._process: ForkServerProcess | None = None
+
+    async def supervise(self) -> None:
+        """For ever; `stop` ends the process that is left."""
+        loop = asyncio.get_running_loop()
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            began = loop.time()
+            process = await self._start()
+            logger.info("%s is process %d", self.name, process.pid, extra={"driver": self.name})
+            await _ended(process)
+            process.join()
+            logger.warning(
+                "%s (process %d) ended with %s", self.name, process.pid, process.exitcode, extra={"driver": self.name}
+            )
+            if loop.time() - began >= STEADY_SECONDS:
+                pause = FIRST_PAUSE_SECONDS
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+
+    async def _start(self) -> ForkServerProcess:
+        process = self._context.Process(target=start_worker, args=(self.settings,), name=self.name, daemon=True)
+        # The first start waits until the fork server has imported everything; the event loop does not. The thread
+        # goes on where this task is cancelled, so the process is noted first.
+        self._process = process
+        await asyncio.shield(asyncio.to_thread(process.start))
+        return process
+
+    async def stop(self) -> None:
+        """SIGTERM, and SIGKILL for what does not end in time."""
+        process = self._process
+        if process is None or process.pid is None:
+            return
+        process.terminate()
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await _ended(process)
+        except TimeoutError:
+            process.kill()
+            await _ended(process)
+        process.join()
+
+
+async def _ended(process: ForkServerProcess) -> None:
+    """Until the process is gone."""
+    loop = asyncio.get_running_loop()
+    gone: asyncio.Future[None] = loop.create_future()
+
+    def ready() -> None:
+        if not gone.done():
+            gone.set_result(None)
+
+    # A descriptor of our own: the loop must not hold on to one that a closed process object has given back.
+    descriptor = os.dup(process.sentinel)
+    loop.add_reader(descriptor, ready)
+    try:
+        await gone
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+
+
+def _context() -> ForkServerContext:
+    os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["actors.worker_preload"])
+    return context
+
+
+class _Ending(Exception):
+    """Somebody asked this node to end."""
+
+
+async def _until(ending: asyncio.Event) -> None:
+    await ending.wait()
+    raise _Ending

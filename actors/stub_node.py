@@ -1,0 +1,96 @@
+"""A server without models, as a process of its own: real drivers over NATS, stub engines. For benches and tests.
+
+python -m actors.stub_node --nats URL --cell NAME [--server stub] [--workers 1] [--step-seconds 0] [--slots 64]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import secrets
+import signal
+
+from actors.driver import DriverShell
+from actors.store_driver import StoreDriver
+from actors.stub_runtime import VOCABULARY, StubRuntime
+from actors.stub_storage import StubStorage
+from actors.worker_driver import WorkerDriver
+from bus.jetstream import JetStreamBus
+from bus.messages import ModelCard
+from bus.subjects import Subjects
+from bus.tasks import Tasks
+
+MODEL = "stub"
+MIB = 1 << 20
+
+
+def stub_card(model: str = MODEL) -> ModelCard:
+    return ModelCard(
+        model,
+        "0" * 64,
+        10 * MIB,
+        context=8192,
+        kv_bytes_per_token=1,
+        vocabulary=VOCABULARY,
+        architecture="Stub",
+        chat=True,
+    )
+
+
+async def run_stub_node(
+    url: str, cell: str, *, server: str = "stub", workers: int = 1, step_seconds: float = 0.0, slots: int = 64
+) -> None:
+    """Until SIGTERM."""
+    ending = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ending.set)
+    bus = await JetStreamBus.connect(url, cell, name=f"longshore-stub-{server}")
+    subjects = Subjects(cell)
+    tasks = Tasks()
+    store = StoreDriver(server, dram_bytes=1000 * MIB, storage=StubStorage((stub_card(),)), process=os.getpid())
+    drivers = [DriverShell(bus, subjects, store, boot=lambda: secrets.token_hex(8))]
+    for index in range(workers):
+        worker = WorkerDriver(
+            bus,
+            subjects,
+            server,
+            index,
+            memory_bytes=100 * MIB,
+            max_slots=slots,
+            runtime=StubRuntime(step_seconds=step_seconds),
+            process=os.getpid(),
+        )
+        drivers.append(DriverShell(bus, subjects, worker, boot=lambda: secrets.token_hex(8)))
+    for driver in drivers:
+        tasks.start(driver.run(), "stub driver")
+    await ending.wait()
+    await tasks.stop()
+    await bus.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nats", required=True)
+    parser.add_argument("--cell", required=True)
+    parser.add_argument("--server", default="stub")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--step-seconds", type=float, default=0.0)
+    options = parser.parse_args()
+    import uvloop
+
+    uvloop.run(
+        run_stub_node(
+            options.nats,
+            options.cell,
+            server=options.server,
+            workers=options.workers,
+            step_seconds=options.step_seconds,
+            slots=options.slots,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The process of one worker: forked by its node, one device, one connection, one driver."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import secrets
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import uvloop
+
+from actors.driver import DriverShell
+from actors.local_runtime import LocalRuntime
+from actors.logs import configure_logs
+from actors.worker_driver import WorkerDriver
+from actors.worker_settings import WorkerSettings
+from bus.contract import BusError
+from bus.jetstream import JetStreamBus
+
+_PR_SET_PDEATHSIG = 1
+
+logger = logging.getLogger("longshore.worker")
+
+
+def run_worker(settings: WorkerSettings) -> None:
+    """The whole life of the process. Ends with exit code 0 on SIGTERM, and dies with the process that forked it."""
+    end_with_parent()
+    configure_logs(as_json=settings.log_json)
+    torch.set_num_threads(settings.threads)
+    try:
+        uvloop.run(serve_worker(settings))
+    except BusError as error:
+        logger.error("worker %s/%d ends: %s", settings.server, settings.index, error)
+        _leave(1)
+    _leave(0)
+
+
+async def serve_worker(settings: WorkerSettings) -> None:
+    """Run the driver until SIGTERM. Raises `BusError` where there is no server."""
+    loop = asyncio.get_running_loop()
+    name = f"gpu/{settings.server}/{settings.index}"
+    runtime = LocalRuntime(Path(settings.models), device=settings.device)
+    bus = await JetStreamBus.connect(settings.nats, settings.cell, name=f"longshore {name}")
+    driver = WorkerDriver(
+        bus,
+        bus.subjects,
+        settings.server,
+        settings.index,
+        memory_bytes=settings.memory_bytes,
+        max_slots=settings.max_slots,
+        runtime=runtime,
+        process=os.getpid(),
+    )
+    shell = DriverShell(bus, bus.subjects, driver, boot=lambda: secrets.token_hex(8))
+    running = loop.create_task(shell.run())
+    loop.add_signal_handler(signal.SIGTERM, running.cancel)
+    loop.add_signal_handler(signal.SIGINT, lambda: None)  # of the terminal: the node ends its workers itself
+    try:
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+    finally:
+        runtime.close()
+        await bus.close()
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the one that forked it is gone (Linux)."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == 1:  # it was gone before
+            os._exit(1)
+
+
+def _leave(code: int) -> None:
+    """End without waiting for a step that still computes in its thread."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

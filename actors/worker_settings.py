@@ -1,0 +1,28 @@
+"""What a node tells a worker's process at its start, and where that process begins: light, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """`memory_bytes`: weights and KV cache together; `threads`: those of its steps."""
+
+    nats: str
+    cell: str
+    server: str
+    index: int
+    models: str
+    memory_bytes: int
+    max_slots: int
+    device: str = "cpu"
+    threads: int = 1
+    log_json: bool = False
+
+
+def start_worker(settings: WorkerSettings) -> None:
+    """The whole life of a worker's process."""
+    from actors.worker_process import run_worker
+
+    run_worker(settings)

@@ -1,0 +1,166 @@
+"""Simulated applications: each asks a few times through the client library, and does what applications do.
+
+They come in bursts, repeat a key, cancel, set deadlines, go away in mid-answer and come back for the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from bus.answer import Answer, Patience, RequestFailed
+from bus.client import Client
+from bus.contract import Bus
+from bus.messages.requests import Encoding, request_id
+from chaos.machines import REFUSED_PROMPT
+from chaos.observer import Observer
+from chaos.options import Options
+from chaos.promises import Promise
+
+FOR_EVER = Patience(silence=2.0, nobody=1e6, total=1e6)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one application does with one request. Positions of -1 mean never; `at` in virtual seconds."""
+
+    number: int
+    at: float
+    client: str
+    key: str
+    model: str
+    prompt: str
+    max_tokens: int
+    seed: int
+    encoding: Encoding
+    deadline_ms: int
+    cancel_at: int
+    leave_at: int
+    away: float
+    twin: bool
+
+    @property
+    def request(self) -> str:
+        return request_id(self.client, self.key)
+
+
+def draw_plans(random: Random, options: Options) -> list[Plan]:
+    """All requests of a world, in bursts over its time of faults."""
+    bursts = sorted(random.uniform(0.3, options.fault_seconds * 0.8) for _ in range(random.randint(1, 4)))
+    plans = []
+    for number in range(options.requests):
+        prompt = f"request {number} " + "x" * random.randint(0, 15)
+        plans.append(
+            Plan(
+                number=number,
+                at=random.choice(bursts) + 0.2 * random.random(),
+                client=f"client-{number % 3}",
+                key=f"key-{number}",
+                model=random.choice(options.models).model,
+                prompt=REFUSED_PROMPT + prompt if random.random() < 0.03 else prompt,
+                max_tokens=random.choice((1, 5, 20, 40)),
+                seed=random.getrandbits(31),
+                encoding=random.choice(("json", "msgpack")),
+                deadline_ms=random.randint(1, 4000) if random.random() < 0.1 else 0,
+                cancel_at=random.randint(0, 10) if random.random() < 0.1 else -1,
+                leave_at=random.randint(0, 10) if random.random() < 0.15 else -1,
+                away=3.0 * random.random(),
+                twin=random.random() < 0.1,
+            )
+        )
+    return plans
+
+
+class Application:
+    """Carries out one plan. `end` is how its answer ended, empty until then; `done` when it has looked back."""
+
+    def __init__(self, plan: Plan, bus: Bus, cell: str, observer: Observer, note: Callable[[str], None]) -> None:
+        self.plan = plan
+        self.end = ""
+        self.error = ""
+        self.position = 0
+        self.done = False
+        self._client = Client(bus, cell, name=plan.client, encoding=plan.encoding, patience=FOR_EVER)
+        self._observer = observer
+        self._note = note
+        self._left = False
+        self._cancelling: asyncio.Future[None] | None = None
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it has asked the cell to cancel."""
+        return self._cancelling is not None
+
+    async def run(self) -> None:
+        plan = self.plan
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(max(0.0, plan.at - loop.time()))
+        while not self.end:
+            answer = self._ask()
+            try:
+                async for chunk in answer:
+                    self.position = self._observer.read(f"reader of {plan.key}", self.position, chunk)
+                    if self._cancels(answer):
+                        self._cancelling = asyncio.ensure_future(self._cancel())
+                    if self._leaves():
+                        await answer.aclose()
+                        await asyncio.sleep(plan.away)
+                        break
+                self.end = answer.end
+            except RequestFailed as failure:
+                self.end = answer.end
+                self.error = f"{failure.code}: {failure}"
+                if not self.end:
+                    self._note(f"{plan.key} is told {self.error}")
+                    await asyncio.sleep(max(0.3, failure.retry_ms / 1000))
+        await self._look_back()
+        self.done = True
+
+    def _ask(self) -> Answer:
+        plan = self.plan
+        if self._left:
+            return self._client.resume(plan.request, self.position)
+        return self._client.infer(
+            plan.model,
+            plan.prompt,
+            key=plan.key,
+            start=self.position,
+            max_tokens=plan.max_tokens,
+            seed=plan.seed,
+            deadline_ms=plan.deadline_ms or None,
+        )
+
+    def _cancels(self, answer: Answer) -> bool:
+        due = 0 <= self.plan.cancel_at <= self.position and not answer.end
+        return due and self._cancelling is None
+
+    def _leaves(self) -> bool:
+        if self._left or not 0 <= self.plan.leave_at <= self.position:
+            return False
+        self._left = True
+        return True
+
+    async def _cancel(self) -> None:
+        try:
+            await self._client.cancel(self.plan.request)
+        except RequestFailed as failure:
+            self._note(f"cancel of {self.plan.key} is told {failure.code}: {failure}")
+
+    async def _look_back(self) -> None:
+        """The whole answer, asked for after its end, has the positions that were read."""
+        while True:
+            try:
+                result = await self._client.result(self.plan.request)
+            except RequestFailed as failure:
+                self._note(f"result of {self.plan.key} is told {failure.code}: {failure}")
+                await asyncio.sleep(0.5)
+                continue
+            if result.status == "ended":
+                break
+            await asyncio.sleep(0.5)
+        if (result.end, result.positions) != (self.end, self.position):
+            what = f"{self.plan.key} read {self.position} positions and {self.end!r}"
+            told = f"its result has {result.positions} and {result.end!r}"
+            self._observer.violation(Promise.ENDED_ONCE, f"{what}, {told}")

@@ -1,0 +1,155 @@
+"""What simulated drivers compute and load with: stub engines and a stub storage with latencies and named failures."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any
+
+from actors.store_driver import StorageFailed
+from actors.stub_runtime import StubRuntime
+from actors.stub_storage import StubStorage
+from actors.worker_runtime import AttachRefused, EncodedPrompt, PromptRefused, StepResult
+from bus.messages import Generation
+from chaos.options import Options
+
+EOS = frozenset(range(15))
+"""So many of the stub's 1,000 tokens end an answer."""
+
+REFUSED_PROMPT = "refused "
+"""No engine takes prompts that begin so."""
+
+Admitted = Callable[[str, Any], None]
+Over = Callable[[str], None]
+"""Told in one sentence that a budget is exceeded."""
+
+
+class _Engine:
+    """A stub engine that tells `admitted` of every start, and with a `salt` decodes tokens of its own."""
+
+    def __init__(self, engine: Any, model: str, salt: int, admitted: Admitted) -> None:
+        self._engine = engine
+        self._model = model
+        self._salt = salt
+        self._admitted = admitted
+
+    @property
+    def slots(self) -> int:
+        return int(self._engine.slots)
+
+    @property
+    def context(self) -> int:
+        return int(self._engine.context)
+
+    def admit(self, start: Any) -> None:
+        self._admitted(self._model, start)
+        sampling = dataclasses.replace(start.sampling, seed=start.sampling.seed ^ self._salt)
+        self._engine.admit(dataclasses.replace(start, sampling=sampling))
+
+    def cancel(self, key: str) -> bool:
+        return bool(self._engine.cancel(key))
+
+    def active(self) -> int:
+        return int(self._engine.active())
+
+    def step(self) -> list[Any]:
+        events: list[Any] = self._engine.step()
+        return events
+
+
+class SimulatedRuntime(StubRuntime):
+    """The machinery of one worker process. `active()` false: nothing fails by itself any more."""
+
+    def __init__(
+        self, random: Random, options: Options, active: Callable[[], bool], admitted: Admitted, over: Over
+    ) -> None:
+        super().__init__(step_seconds=0.005 + 0.03 * random.random(), eos=EOS, prefill_chunk=64)
+        self._random = random
+        self._options = options
+        self._active = active
+        self._told = admitted
+        self._over = over
+        self.used: dict[str, int] = {}
+
+    def _fails(self, odds: float) -> bool:
+        return self._active() and self._random.random() < odds
+
+    async def reset(self) -> None:
+        self.used.clear()
+        await super().reset()
+
+    async def attach(self, model: str, digest: str, *, slots: int, kv_bytes: int, context: int) -> Any:
+        await asyncio.sleep(0.01 + 0.2 * self._random.random())
+        if model == self._options.cursed:
+            raise AttachRefused(f"{model} has a tensor that no engine knows")
+        if self._fails(self._options.troubles.attach_failed):
+            raise AttachRefused("the device has no memory left", retry=True)
+        engine = await super().attach(model, digest, slots=slots, kv_bytes=kv_bytes, context=context)
+        weights = next(card.weight_bytes for card in self._options.models if card.model == model)
+        self.used[model] = weights + kv_bytes
+        if sum(self.used.values()) > self._options.memory_bytes:
+            self._over(f"a device of {self._options.memory_bytes} bytes holds {self.used}")
+        salt = self._random.getrandbits(32) if self._options.wobble else 0
+        return _Engine(engine, model, salt, self._told)
+
+    async def detach(self, model: str) -> None:
+        self.used.pop(model, None)
+        await super().detach(model)
+
+    async def encode(self, model: str, generation: Generation) -> EncodedPrompt:
+        await asyncio.sleep(0.002 * self._random.random())
+        if (generation.prompt or "").startswith(REFUSED_PROMPT):
+            raise PromptRefused("the tokenizer knows no such text")
+        if self._fails(self._options.troubles.sequence_refused):
+            raise AttachRefused("the engine has just lost its slots", retry=True)
+        return await super().encode(model, generation)
+
+    async def step(self, engines: Sequence[tuple[str, Any]]) -> list[StepResult]:
+        for model, _ in engines:
+            if self._fails(self._options.troubles.engine_broken * 0.05):
+                self.broken[model] = "a kernel has failed"
+        return await super().step(engines)
+
+
+class SimulatedStorage(StubStorage):
+    """The disk and the DRAM of one server; both outlive its storage driver. Server 0 holds every model."""
+
+    def __init__(self, options: Options, number: int, active: Callable[[], bool], over: Over) -> None:
+        random = seeded("storage", options.seed, number)
+        cards = tuple(card for card in options.models if number == 0 or random.random() < 0.7)
+        super().__init__(cards, bytes_per_second=random.randint(100, 2000) * 1024)
+        self._random = random
+        self._options = options
+        self._active = active
+        self._over = over
+
+    async def load(self, model: str, digest: str) -> int:
+        if self._active() and self._random.random() < self._options.troubles.load_failed:
+            await asyncio.sleep(0.1 * self._random.random())
+            raise StorageFailed(f"{model} could not be read")
+        loaded = await super().load(model, digest)
+        used = {name: self.cards[name].weight_bytes for name in self.resident}
+        if sum(used.values()) > self._options.dram_bytes:
+            self._over(f"a DRAM budget of {self._options.dram_bytes} bytes holds {used}")
+        return loaded
+
+
+async def undisturbed(start: Any, context: int) -> tuple[list[int], str]:
+    """Tokens and end of a sequence on an engine of its own, from its beginning."""
+    engine = await StubRuntime(eos=EOS, prefill_chunk=4096).attach("m", "", slots=1, kv_bytes=1, context=context)
+    engine.admit(dataclasses.replace(start, generated=()))
+    tokens: list[int] = []
+    while True:
+        for event in engine.step():
+            tokens.append(event.token)
+            if event.end is not None:
+                return tokens, event.end
+
+
+def seeded(*parts: object) -> Random:
+    """A generator for one purpose: what one process draws does not shift what another one does."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+    return Random(int.from_bytes(digest, "little"))

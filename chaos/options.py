@@ -1,0 +1,113 @@
+"""What a seed's world is made of: drawn once from the seed, printed when the seed fails.
+
+Swarm testing: each world has only some kinds of fault and disturbance. The models are sized so that budgets are tight:
+at least one fits everywhere, all of them together fit nowhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from random import Random
+from typing import Any
+
+from bus.messages import ModelCard
+from chaos.faults import Odds, draw_odds
+
+KIB = 1024
+DISTURBANCES = ("crash", "cut", "freeze", "outage")
+
+
+@dataclass(frozen=True, slots=True)
+class Troubles:
+    """How often (0 to 1 per occasion) machines fail by themselves; 0 is off."""
+
+    load_failed: float = 0.0
+    attach_failed: float = 0.0
+    sequence_refused: float = 0.0
+    engine_broken: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`disturb_every`: virtual seconds between disturbances, on average. `crash_at_record`: the chance that somebody
+    dies as a record is stored. `wobble`: engines whose tokens depend on the engine, as in bf16."""
+
+    seed: int
+    controls: int
+    servers: int
+    workers: int
+    models: tuple[ModelCard, ...]
+    cursed: str
+    dram_bytes: int
+    memory_bytes: int
+    max_slots: int
+    requests: int
+    fault_seconds: float
+    dedupe_seconds: float
+    deaths_limit: int
+    wobble: bool
+    odds: Odds = field(default_factory=Odds)
+    troubles: Troubles = field(default_factory=Troubles)
+    disturbances: tuple[str, ...] = ()
+    disturb_every: float = 1.0
+    crash_at_record: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For people and for JSON: the fault kinds that are on, with their odds."""
+        said = asdict(self)
+        said["models"] = {card.model: card.weight_bytes for card in self.models}
+        said["odds"] = {name: getattr(self.odds, name) for name in self.odds.on()}
+        said["troubles"] = {name: odds for name, odds in said["troubles"].items() if odds}
+        return said
+
+
+def draw(seed: int) -> Options:
+    """The world of a seed."""
+    random = Random(f"options {seed}")
+    cards = []
+    for number in range(random.randint(2, 5)):
+        cards.append(
+            ModelCard(
+                model=f"model-{number}",
+                digest=f"digest-{number}",
+                weight_bytes=random.randint(20, 100) * KIB,
+                context=random.choice((48, 96, 128)),
+                kv_bytes_per_token=random.choice((16, 32, 64)),
+                vocabulary=1000,
+                architecture="stub",
+            )
+        )
+    largest = max(card.weight_bytes for card in cards)
+    together = sum(card.weight_bytes for card in cards)
+    need = max(card.weight_bytes + card.context * card.kv_bytes_per_token for card in cards)
+    trouble = [random.random() * 0.1 if random.random() < 0.4 else 0.0 for _ in range(4)]
+    disturbances = tuple(kind for kind in DISTURBANCES if random.random() < 0.5)
+    return Options(
+        seed=seed,
+        controls=random.choice((1, 2, 2, 3)),
+        servers=random.randint(1, 3),
+        workers=random.randint(1, 2),
+        models=tuple(cards),
+        cursed=random.choice(cards).model if random.random() < 0.15 else "",
+        dram_bytes=max(largest, int(together * random.uniform(0.4, 0.9))),
+        memory_bytes=int(need * random.uniform(1.0, 2.2)),
+        max_slots=random.randint(1, 8),
+        requests=random.randint(8, 40),
+        fault_seconds=random.uniform(4.0, 9.0),
+        dedupe_seconds=random.choice((0.3, 2.0, 120.0)),
+        deaths_limit=random.choice((3, 100, 100)),
+        wobble=random.random() < 0.5,
+        odds=draw_odds(random),
+        troubles=Troubles(*(round(odds, 3) for odds in trouble)),
+        disturbances=disturbances,
+        disturb_every=random.uniform(0.3, 2.5),
+        crash_at_record=random.choice((0.0, 0.003, 0.01, 0.03)),
+    )
+
+
+def calm(seed: int) -> Options:
+    """The same world without any fault."""
+    drawn = asdict(draw(seed))
+    drawn.update(models=draw(seed).models, cursed="", odds=Odds(), troubles=Troubles())
+    drawn.update(disturbances=(), crash_at_record=0.0, wobble=False)
+    return Options(**drawn)

@@ -1,0 +1,275 @@
+"""Real processes, real kills: whatever dies, accepted requests finish, and no position is lost, changed or repeated.
+
+Engines are stubs whose tokens follow from the prompt, so the undisturbed answer is known. Everything else is real:
+nats-server, controls, drivers, signals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from actors.stub_node import MODEL
+from bus.client import Client
+from bus.contract import Record
+from bus.messages import (
+    DriverLost,
+    FactEnvelope,
+    SealedSequence,
+    SequencesSealed,
+    StoreStarted,
+    decode_fact,
+    decode_fact_body,
+    encode,
+    extend_chain,
+    kind_of,
+)
+from bus.pages import Page, Seal, decode_page
+from bus.replies import Chunk, decode_reply
+from bus.subjects import Subjects
+from tests.support.live_cell import CELL, LiveCell, live_cell
+
+pytestmark = pytest.mark.slow
+SUBJECTS = Subjects(CELL)
+
+
+class Reading:
+    """One answer as its reader sees it through the client library."""
+
+    def __init__(self, client: Client, prompt: str, max_tokens: int) -> None:
+        self.tokens: list[int] = []
+        self.end = ""
+        self.moved = asyncio.Event()
+        self.answer = client.infer(MODEL, prompt=prompt, max_tokens=max_tokens, temperature=0, seed=1)
+        self.task = asyncio.ensure_future(self._read())
+
+    async def _read(self) -> None:
+        async for chunk in self.answer:
+            assert chunk.position == len(self.tokens), "every position once and in order"
+            self.tokens += chunk.tokens
+            self.moved.set()
+        self.end = self.answer.end
+
+    async def reach(self, position: int) -> None:
+        while len(self.tokens) < position:
+            self.moved.clear()
+            await self.moved.wait()
+
+
+async def undisturbed(client: Client, prompts: list[str], max_tokens: int) -> dict[str, list[int]]:
+    readings = {prompt: Reading(client, prompt, max_tokens) for prompt in prompts}
+    await asyncio.gather(*(reading.task for reading in readings.values()))
+    return {prompt: reading.tokens for prompt, reading in readings.items()}
+
+
+async def all_facts(cell: LiveCell) -> list[Record]:
+    """Every fact in the ledger now."""
+    end = (await cell.bus.ledger.usage()).last_sequence
+    reader = await cell.bus.ledger.read(start=1)
+    records: list[Record] = []
+    try:
+        while not records or records[-1].sequence < end:
+            records += await reader.batch()
+    finally:
+        await reader.close()
+    return [record for record in records if ".fact." in record.subject]
+
+
+async def test_the_publishing_control_is_killed(tmp_path: Path) -> None:
+    async with live_cell(tmp_path, controls=2, step_seconds=0.01) as cell:
+        client = cell.client
+        expected = await undisturbed(client, ["warm 1", "warm 2"], 8)
+        readings = [Reading(client, f"prompt {i}", 60) for i in range(12)]
+        for reading in readings:
+            await reading.reach(5)
+        publishers = await publishers_of(cell)
+        victim = publishers.most_common(1)[0][0]
+        await kill_control(cell, victim)
+        later = [Reading(client, f"later {i}", 20) for i in range(6)]
+        await asyncio.gather(*(reading.task for reading in (*readings, *later)))
+        assert all(reading.end == "length" for reading in (*readings, *later))
+        assert [len(reading.tokens) for reading in readings] == [60] * 12
+        again = await undisturbed(client, list(expected), 8)
+        assert again == expected
+
+
+async def publishers_of(cell: LiveCell) -> Counter[str]:
+    """How many derived messages each control published."""
+    end = (await cell.bus.ledger.usage()).last_sequence
+    reader = await cell.bus.ledger.read([SUBJECTS.said_prefix + ">"], start=1)
+    counts: Counter[str] = Counter()
+    try:
+        pending = end
+        while pending:
+            for record in await reader.batch():
+                counts[record.publisher] += 1
+                pending = record.pending
+    finally:
+        await reader.close()
+    return counts
+
+
+async def kill_control(cell: LiveCell, boot: str) -> None:
+    """SIGKILL the control whose log names this boot id."""
+    child = next(c for c in cell.controls if boot in c.log.read_text())
+    child.signal(signal.SIGKILL)
+    await child.wait()
+
+
+async def test_the_only_control_is_killed_and_another_started(tmp_path: Path) -> None:
+    async with live_cell(tmp_path, step_seconds=0.01) as cell:
+        readings = [Reading(cell.client, f"prompt {i}", 80) for i in range(8)]
+        for reading in readings:
+            await reading.reach(3)
+        cell.controls[0].signal(signal.SIGKILL)
+        await cell.controls[0].wait()
+        await cell.add_control()
+        await asyncio.gather(*(reading.task for reading in readings))
+        assert [len(reading.tokens) for reading in readings] == [80] * 8
+
+
+async def test_the_nats_server_is_killed_and_comes_back(tmp_path: Path) -> None:
+    async with live_cell(tmp_path, step_seconds=0.01) as cell:
+        expected = await undisturbed(cell.client, ["prompt 0"], 50)
+        readings = [Reading(cell.client, f"prompt {i}", 50) for i in range(6)]
+        for reading in readings:
+            await reading.reach(5)
+        cell.server.kill()
+        await cell.server.start_async()
+        await asyncio.gather(*(reading.task for reading in readings))
+        assert [len(reading.tokens) for reading in readings] == [50] * 6
+        assert readings[0].tokens == expected["prompt 0"]
+
+
+async def test_a_node_is_killed_in_mid_answer(tmp_path: Path) -> None:
+    async with live_cell(tmp_path, nodes=2, step_seconds=0.01) as cell:
+        prompts = [f"prompt {i}" for i in range(8)]
+        expected = await undisturbed(cell.client, prompts, 60)
+        readings = {prompt: Reading(cell.client, prompt, 60) for prompt in prompts}
+        for reading in readings.values():
+            await reading.reach(10)
+        busy = await cell.until(lambda found: any(active(found, name) for name in found["workers"]))
+        name = max(busy["workers"], key=lambda worker: active(busy, worker))
+        node = next(n for n in cell.nodes if n.name == f"node-{name.split('/')[1]}")
+        node.signal(signal.SIGKILL)
+        await asyncio.gather(*(reading.task for reading in readings.values()))
+        assert {prompt: reading.tokens for prompt, reading in readings.items()} == expected
+
+
+def active(status: dict, worker: str) -> int:  # type: ignore[type-arg]
+    return sum(one["active"] for one in status["workers"][worker]["instances"].values())
+
+
+async def test_a_zombie_worker_shows_nothing_after_the_seal(tmp_path: Path) -> None:
+    """SIGSTOP, recovery elsewhere, SIGCONT: its next page is refused, and positions behind the seal come from the
+    other worker alone.
+    """
+    async with live_cell(tmp_path, nodes=2, step_seconds=0.02) as cell:
+        inbox = cell.bus.new_inbox()
+        subscription = await cell.bus.subscribe(inbox)
+        body = msgspec.json.encode({"prompt": "zombie", "max_tokens": 150, "temperature": 0, "client": "t", "key": "z"})
+        await cell.bus.publish(SUBJECTS.infer(MODEL), body, reply=inbox)
+        shown: Counter[int] = Counter()
+        tokens: dict[int, int] = {}
+        stopped = False
+        node = None
+        async with asyncio.timeout(40):
+            while True:
+                delivery = await subscription.next()
+                reply = decode_reply(delivery.payload) if delivery.payload else None
+                if not isinstance(reply, Chunk):
+                    continue
+                for offset, token in enumerate(reply.tokens):
+                    position = reply.position + offset
+                    shown[position] += 1
+                    assert tokens.setdefault(position, token) == token, "a position never changes"
+                if len(tokens) >= 20 and not stopped:
+                    stopped = True
+                    status = await cell.status()
+                    name = next(name for name in status["workers"] if active(status, name))
+                    node = next(n for n in cell.nodes if n.name == f"node-{name.split('/')[1]}")
+                    node.signal(signal.SIGSTOP)
+                if reply.end:
+                    break
+        assert node is not None and reply.end == "length"
+        sealed = await the_seal(cell)
+        worker, boundary = sealed.worker, sealed.sequences[0].first + len(sealed.sequences[0].tokens)
+        before = (await cell.bus.tokens.usage()).last_sequence
+        epoch_before = (await cell.status())["workers"].get(worker, {}).get("epoch", 0)
+        node.signal(signal.SIGCONT)
+        # The zombie notices, begins a new epoch, and is back as a worker.
+        await cell.until(
+            lambda found: found["workers"].get(worker, {}).get("epoch", 0) > max(sealed.epoch, epoch_before)
+        )
+        while True:
+            try:
+                async with asyncio.timeout(0.3):
+                    delivery = await subscription.next()
+            except TimeoutError:
+                break
+            reply = decode_reply(delivery.payload) if delivery.payload else None
+            if isinstance(reply, Chunk):
+                assert reply.position + len(reply.tokens) <= boundary, "shown by a zombie behind its seal"
+        assert sorted(tokens) == list(range(150))
+        assert 20 <= boundary < 150
+        assert all(shown[position] == 1 for position in range(boundary, 150))
+        pages = await pages_of(cell, worker, sealed.epoch)
+        assert isinstance(pages[-1], Seal)
+        assert sum(isinstance(page, Seal) for page in pages) == 1
+        assert before == (await cell.bus.tokens.usage()).last_sequence
+
+
+async def the_seal(cell: LiveCell) -> SequencesSealed:
+    for record in await all_facts(cell):
+        if record.subject.endswith(".sequences.sealed"):
+            message = decode_fact_body(decode_fact(record.payload).body)
+            assert isinstance(message, SequencesSealed) and isinstance(message.sequences[0], SealedSequence)
+            return message
+    raise AssertionError("no epoch was sealed")
+
+
+async def pages_of(cell: LiveCell, worker: str, epoch: int) -> list[Page | Seal]:
+    reader = await cell.bus.tokens.read([SUBJECTS.tokens(worker, epoch)])
+    pages: list[Page | Seal] = []
+    try:
+        while True:
+            for record in await reader.batch():
+                pages.append(decode_page(record.payload))
+                if record.pending == 0:
+                    return pages
+    finally:
+        await reader.close()
+
+
+async def test_a_hole_in_a_drivers_facts_is_reported(tmp_path: Path) -> None:
+    """A driver that keeps its heartbeats and skips a fact is lost, and the reason names the hole."""
+    async with live_cell(tmp_path, nodes=1) as cell:
+        driver, boot = "store/holed", "b" * 16
+        started = StoreStarted("holed", 10**9)
+        epoch = (await state(cell, driver, started, boot=boot)).sequence
+        lie = DriverLost("store/holed", epoch, "a body is all that is needed: this fact is never taken")
+        await state(cell, driver, lie, boot=boot, epoch=epoch, count=2)
+        beat = msgspec.json.encode({"driver": driver, "epoch": epoch, "boot": boot})
+        async with asyncio.timeout(20):
+            while True:
+                await cell.bus.publish(SUBJECTS.heartbeat(driver), beat)
+                facts = [r for r in await all_facts(cell) if r.subject == SUBJECTS.fact(driver, "driver.lost")]
+                stated = [decode_fact(record.payload) for record in facts]
+                lost = [decode_fact_body(one.body) for one in stated if one.sender == "watch"]
+                if lost:
+                    break
+                await asyncio.sleep(0.1)
+        assert isinstance(lost[0], DriverLost)
+        assert lost[0].epoch == epoch and "fact 1 of the epoch is missing" in lost[0].reason
+
+
+async def state(cell: LiveCell, driver: str, message, *, boot: str, epoch: int = 0, count: int = 0):  # type: ignore[no-untyped-def]
+    body = encode(message)
+    chain = extend_chain(boot, body) if count else ""
+    envelope = FactEnvelope(driver, msgspec.Raw(body), epoch, boot, count, chain=chain)
+    return await cell.bus.ledger.append(SUBJECTS.fact(driver, kind_of(message)), encode(envelope))

@@ -1,0 +1,103 @@
+"""What is taken out of the shells, one thing at a time, to see whether the simulated world notices."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import msgspec
+
+from actors import control, driver_core, replica, token_writer
+from bus.contract import Bus, NoAnswer, Record
+from bus.messages import FactEnvelope, SealTokens, SequencesSealed, encode, kind_of
+from bus.ordering import FactOrder, TakenFact, _read_body, _taken
+from bus.subjects import FactSubject, Subjects
+
+Mutation = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+def seal_does_nothing() -> contextlib.AbstractContextManager[Any]:
+    """Recovery states an empty sealing at once: no seal stands on the subject, no page is read."""
+
+    async def seal(bus: Bus, subjects: Subjects, order: SealTokens, me: str) -> None:
+        sealed = SequencesSealed(order.worker, order.epoch, ())
+        payload = encode(FactEnvelope("sealer", msgspec.Raw(encode(sealed))))
+        await bus.ledger.append(subjects.fact(order.worker, kind_of(sealed)), payload, publisher=me)
+
+    return mock.patch.object(control, "seal", seal)
+
+
+def facts_are_not_held_back() -> contextlib.AbstractContextManager[Any]:
+    """A driver's facts are taken as they come, whatever is missing before them."""
+
+    def within(self: FactOrder, record: Record, subject: FactSubject, envelope: FactEnvelope) -> list[TakenFact]:
+        current = self.state.drivers.get(subject.actor)
+        if current is None or current.epoch != envelope.epoch or envelope.count < current.next:
+            return []
+        current.next = envelope.count + 1
+        message, error = _read_body(envelope, subject.kind)
+        return [_taken(record, subject.actor, envelope, message, error, current.epoch)]
+
+    return mock.patch.object(FactOrder, "_within", within)
+
+
+@contextlib.contextmanager
+def epochs_are_ignored() -> Iterator[None]:
+    """A driver takes effects of any epoch and boot, and its own epoch never ends."""
+    original = driver_core.DriverCore._read_said
+
+    def read_said(self: driver_core.DriverCore, record: Record, subject: Any) -> None:
+        decode = driver_core.decode_said
+
+        def ours(payload: bytes) -> Any:
+            envelope = decode(payload)
+            return msgspec.structs.replace(envelope, epoch=self.epoch, boot=self.boot) if envelope.epoch else envelope
+
+        with mock.patch.object(driver_core, "decode_said", ours):
+            original(self, record, subject)
+
+    def read_fact(self: driver_core.DriverCore, record: Record, subject: FactSubject) -> None:
+        envelope = driver_core.decode_fact(record.payload)
+        if subject.kind in driver_core._STARTED_KINDS and envelope.boot == self.boot and not self.epoch:
+            self.epoch = record.sequence
+
+    core = driver_core.DriverCore
+    with mock.patch.object(core, "_read_said", read_said), mock.patch.object(core, "_read_fact", read_fact):
+        yield
+
+
+def nobody_rescues() -> contextlib.AbstractContextManager[Any]:
+    """What the leading replica did not publish stays missing."""
+    return mock.patch.object(replica.Replica, "rescue", lambda self, at, last_sequence: None)
+
+
+@contextlib.contextmanager
+def writers_are_not_fenced() -> Iterator[None]:
+    """A worker appends its pages whatever stands on its subject by then."""
+
+    async def append(self: token_writer.TokenWriter, payload: bytes) -> int:
+        while True:
+            try:
+                stored = await self._log.append(self._subject, payload, publisher=self._publisher)
+            except NoAnswer:
+                continue
+            return stored.sequence
+
+    with mock.patch.object(token_writer.TokenWriter, "append", append):
+        yield
+
+
+@contextlib.contextmanager
+def pages_are_not_awaited() -> Iterator[None]:
+    """A worker shows its positions while their page is still on its way."""
+    original = token_writer.TokenWriter.append
+
+    async def append(self: token_writer.TokenWriter, payload: bytes) -> int:
+        asyncio.get_running_loop().create_task(original(self, payload))
+        return self.last + 1
+
+    with mock.patch.object(token_writer.TokenWriter, "append", append):
+        yield

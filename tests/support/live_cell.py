@@ -1,0 +1,92 @@
+"""A real cell of real processes for tests: nats-server, controls, nodes with stub engines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from actors.children import Child
+from actors.up import cell_status
+from bus.client import Client
+from bus.jetstream import JetStreamBus
+from bus.server import EmbeddedServer
+
+CELL = "live"
+
+
+class LiveCell:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.server = EmbeddedServer(folder / "nats")
+        self.controls: list[Child] = []
+        self.nodes: list[Child] = []
+        self.bus: JetStreamBus
+
+    @property
+    def client(self) -> Client:
+        return Client(self.bus, CELL, name="test")
+
+    async def add_control(self, *arguments: str) -> Child:
+        number = len(self.controls) + 1
+        base = ["control", "--nats", self.server.url, "--cell", CELL]
+        child = Child(f"control-{number}", [*base, *arguments], self.folder / f"control-{number}.log")
+        self.controls.append(child)
+        await child.start()
+        return child
+
+    async def add_node(self, server: str, *, workers: int = 1, step_seconds: float = 0.0, slots: int = 64) -> Child:
+        base = ["--nats", self.server.url, "--cell", CELL, "--server", server, "--workers", str(workers)]
+        arguments = [*base, "--step-seconds", str(step_seconds), "--slots", str(slots)]
+        child = Child(f"node-{server}", arguments, self.folder / f"node-{server}.log", module="actors.stub_node")
+        self.nodes.append(child)
+        await child.start()
+        return child
+
+    async def status(self) -> dict[str, Any]:
+        return await self.until(lambda found: True)
+
+    async def until(self, reached: Callable[[dict[str, Any]], bool], *, seconds: float = 30.0) -> dict[str, Any]:
+        """Wait until the cell's status is as wanted."""
+        async with asyncio.timeout(seconds):
+            while True:
+                found = await cell_status(self.bus, CELL)
+                if found is not None and reached(found):
+                    return found
+                await asyncio.sleep(0.02)
+
+    def logs(self) -> str:
+        return "\n".join(f"== {child.name}\n{child.last_words(40)}" for child in (*self.controls, *self.nodes))
+
+
+@asynccontextmanager
+async def live_cell(
+    folder: Path,
+    *,
+    controls: int = 1,
+    nodes: int = 1,
+    step_seconds: float = 0.0,
+    slots: int = 64,
+    control: tuple[str, ...] = (),
+) -> AsyncIterator[LiveCell]:
+    """Up, with every worker known, when the block begins; nothing of it is left when it ends."""
+    cell = LiveCell(folder)
+    await cell.server.start_async()
+    cell.bus = await JetStreamBus.connect(cell.server.url, CELL, name="test", create=True)
+    try:
+        for _ in range(controls):
+            await cell.add_control(*control)
+        for number in range(nodes):
+            await cell.add_node(f"n{number}", step_seconds=step_seconds, slots=slots)
+        await cell.until(lambda found: len(found["workers"]) == nodes and bool(found["models"]))
+        yield cell
+    except BaseException:
+        print(cell.logs())
+        raise
+    finally:
+        await cell.bus.close()
+        for child in (*cell.nodes, *cell.controls):
+            await child.stop()
+        await asyncio.to_thread(cell.server.stop)
