@@ -419,7 +419,7 @@ class Cell:
         """A cell that goes on from a snapshot. Raises ValueError where the bytes are not one, or not whole."""
         try:
             snapshot = msgspec.msgpack.decode(data, type=Snapshot)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, ValueError) as error:
             raise ValueError(f"not a snapshot of a cell: {error}") from None
         digest, snapshot.digest = snapshot.digest, ""
         if hashlib.sha256(_pack.encode(snapshot)).hexdigest() != digest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import secrets
@@ -33,6 +34,9 @@ def run_worker(settings: WorkerSettings) -> None:
     end_with_parent()
     configure_logs(as_json=settings.log_json)
     torch.set_num_threads(settings.threads)
+    # What was imported stays: a full collection (at every detach) then looks at the models alone. It holds the
+    # interpreter for most of a second otherwise, and a worker that sends no heartbeat for a second is lost.
+    gc.freeze()
     try:
         uvloop.run(serve_worker(settings))
     except BusError as error:

@@ -126,12 +126,19 @@ class Aftermath:
         options, plan = self._world.options, application.plan
         troubled = any((*_odds(options.troubles), options.cursed == plan.model))
         twins = [other for other in self._world.applications if other.plan.request == request]
+        operator = self._world.operator
+        removed = operator is not None and plan.model in operator.removed
+        failed = (
+            plan.prompt.startswith(REFUSED_PROMPT)
+            or (end.code == "start_failed" and (troubled or removed))
+            or (end.code == "unknown_model" and removed)
+        )
         why = {
             "finished": True,
             "cancelled": any(other.cancelled for other in twins),
             "deadline": plan.deadline_ms > 0,
             "quarantined": end.code == "quarantined",
-            "failed": plan.prompt.startswith(REFUSED_PROMPT) or (end.code == "start_failed" and troubled),
+            "failed": failed,
         }
         if not why[end.outcome]:
             what = f"{plan.key} for {plan.model} ended as {end.outcome}, {end.code}: {end.reason}"

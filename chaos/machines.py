@@ -13,7 +13,7 @@ from actors.store_driver import StorageFailed
 from actors.stub_runtime import StubRuntime
 from actors.stub_storage import StubStorage
 from actors.worker_runtime import AttachRefused, EncodedPrompt, PromptRefused, StepResult
-from bus.messages import Generation
+from bus.messages import Generation, ModelCard
 from chaos.options import Options
 
 EOS = frozenset(range(15))
@@ -120,11 +120,17 @@ class SimulatedStorage(StubStorage):
     def __init__(self, options: Options, number: int, active: Callable[[], bool], over: Over) -> None:
         random = seeded("storage", options.seed, number)
         cards = tuple(card for card in options.models if number == 0 or random.random() < 0.7)
+        self._ever = {card.model: True for card in cards}
         super().__init__(cards, bytes_per_second=random.randint(100, 2000) * 1024)
         self._random = random
         self._options = options
         self._active = active
         self._over = over
+
+    def pack(self, card: ModelCard) -> None:
+        """Put a model on the disk, unless it lies there already or never did."""
+        if card.model in self._ever:
+            self.cards.setdefault(card.model, card)
 
     async def load(self, model: str, digest: str) -> int:
         if self._active() and self._random.random() < self._options.troubles.load_failed:

@@ -6,7 +6,7 @@ at least one fits everywhere, all of them together fit nowhere.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -30,7 +30,9 @@ class Troubles:
 @dataclass(frozen=True, slots=True)
 class Options:
     """`disturb_every`: virtual seconds between disturbances, on average. `crash_at_record`: the chance that somebody
-    dies as a record is stored. `wobble`: engines whose tokens depend on the engine, as in bf16."""
+    dies as a record is stored; `crash_at` is the number of the one record (counted over both logs, 0 for none) whose
+    publisher dies then, before or after it learns of it. `wobble`: engines whose tokens depend on the engine, as in bf16.
+    """
 
     seed: int
     controls: int
@@ -51,6 +53,9 @@ class Options:
     disturbances: tuple[str, ...] = ()
     disturb_every: float = 1.0
     crash_at_record: float = 0.0
+    removals: int = 0
+    crash_at: int = 0
+    crash_before_answer: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """For people and for JSON: the fault kinds that are on, with their odds."""
@@ -102,12 +107,19 @@ def draw(seed: int) -> Options:
         disturbances=disturbances,
         disturb_every=random.uniform(0.3, 2.5),
         crash_at_record=random.choice((0.0, 0.003, 0.01, 0.03)),
+        removals=random.choice((0, 0, 0, 1, 3)),
     )
 
 
 def calm(seed: int) -> Options:
     """The same world without any fault."""
-    drawn = asdict(draw(seed))
-    drawn.update(models=draw(seed).models, cursed="", odds=Odds(), troubles=Troubles())
-    drawn.update(disturbances=(), crash_at_record=0.0, wobble=False)
-    return Options(**drawn)
+    return replace(
+        draw(seed),
+        cursed="",
+        odds=Odds(),
+        troubles=Troubles(),
+        disturbances=(),
+        crash_at_record=0.0,
+        removals=0,
+        wobble=False,
+    )

@@ -28,6 +28,7 @@ from chaos.clients import Application, draw_plans
 from chaos.faults import Odds, SeededFaults
 from chaos.machines import SimulatedRuntime, SimulatedStorage, seeded
 from chaos.observer import Observer
+from chaos.operators import Operator
 from chaos.options import Options
 from chaos.processes import Process, WatchedBus
 from chaos.promises import Promise, Violations
@@ -63,9 +64,11 @@ class World:
         self.samples: list[Sample] = []
         self.troubled = True
         self.quiet_after = 0.0
+        self._stored_count = 0
         self.controls: dict[str, Control] = {}
         self.processes: list[Process] = []
         self.applications: list[Application] = []
+        self.operator: Operator | None = None
         self._say = say
         self._random = seeded("world", options.seed)
         self._faults: list[SeededFaults] = []
@@ -95,6 +98,10 @@ class World:
         await self._configure()
         helpers = [asyncio.ensure_future(self._sample()), asyncio.ensure_future(self._disturb())]
         readers = self._open_applications()
+        self.operator = Operator(
+            seeded("operator", self.options.seed), self.options, self._connect("operator"), CELL, self.note
+        )
+        readers.append(asyncio.ensure_future(self.operator.run(self._storages.values())))
         await asyncio.sleep(self.options.fault_seconds)
         self._calm_down()
         try:
@@ -224,14 +231,23 @@ class World:
         if self._say is not None:
             text = record.payload.decode("utf-8", "replace")
             self._say(self.now(), f"{log} {record.sequence} {record.subject} [{record.publisher}] {text}")
-        if self.troubled and self._random.random() < self.options.crash_at_record:
-            publisher = self._boots.get(record.publisher)
-            victim = publisher if publisher is not None and self._random.random() < 0.5 else self._anybody()
-            if self._random.random() < 0.5:
-                self._kill(victim, f"as {log} {record.sequence} is stored, before its acknowledgement")
-            else:
-                when = f"just after {log} {record.sequence} was stored"
-                asyncio.get_running_loop().call_later(0.002, lambda: self._kill(victim, when))
+        self._stored_count += 1
+        publisher = self._boots.get(record.publisher)
+        where = f"{log} {record.sequence}"
+        if self._stored_count == self.options.crash_at:
+            self._kill_at(publisher, where, self.options.crash_before_answer)
+        elif self.troubled and self._random.random() < self.options.crash_at_record:
+            victim = publisher if self._random.random() < 0.5 else None
+            self._kill_at(victim or self._anybody(), where, self._random.random() < 0.5)
+
+    def _kill_at(self, victim: Process | None, where: str, before_answer: bool) -> None:
+        if victim is None:
+            return
+        if before_answer:
+            self._kill(victim, f"as {where} is stored, before its acknowledgement")
+        else:
+            when = f"just after {where} was stored"
+            asyncio.get_running_loop().call_later(0.002, lambda: self._kill(victim, when))
 
     def _anybody(self) -> Process:
         return self._random.choice(self.processes)
@@ -290,6 +306,8 @@ class World:
         reading = [application.plan.key for application in self.applications if not application.done]
         if reading:
             return f"{len(reading)} answers are not read to their end: {', '.join(reading[:5])}"
+        if self.operator is not None and not self.operator.done:
+            return "the operator has not done everything yet"
         last = self.server.ledger.last_sequence
         if len(self.controls) < self.options.controls:
             return f"{len(self.controls)} of {self.options.controls} controls are up"

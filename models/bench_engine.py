@@ -255,8 +255,8 @@ def tables(figures: EngineFigures) -> Sequence[Any]:
         )
     steps = Table(
         title="one decode step, ms",
-        caption=f"{figures.steps[0].context} to {figures.steps[-1].context}: the step grows by {figures.growth_ms:.1f} ms, "
-        f"attention by {figures.attention_growth_ms:.1f} ms",
+        caption=f"from {figures.steps[0].context} to {figures.steps[-1].context} the step grows "
+        f"by {figures.growth_ms:.1f} ms, attention by {figures.attention_growth_ms:.1f} ms",
     )
     for name in ("sequences", "context", "step", "attention", "products", "cache", "other ops", "framework"):
         steps.add_column(name, justify="right")

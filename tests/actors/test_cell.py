@@ -11,7 +11,18 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from world import (
-    BIRTH, CELL, MS, Bench, Chained, World, accepted, card, check_invariants, envelopes, said, store_started,
+    BIRTH,
+    CELL,
+    MS,
+    Bench,
+    Chained,
+    World,
+    accepted,
+    card,
+    check_invariants,
+    envelopes,
+    said,
+    store_started,
     worker_started,
 )  # fmt: skip
 
@@ -22,9 +33,33 @@ from actors.placement import Placement
 from actors.requests import Requests
 from bus.contract import Record
 from bus.messages import (
-    AttachFailed, AttachModel, CancelRequested, DifferenceAccepted, DriverLost, EpochClosed, FactEnvelope, HeldModel,
-    ModelAttached, ModelDetached, ModelLoaded, ProgressReported, ReaderAttached, ReplyTo, RequestEnded, RequestsConfigured, RulesActivated, RunSequence,
-    SequenceFinished, SequencesSealed, SetTimer, StartSequence, StepSkipped, TimerFired, To, WorkerStarted, encode,
+    AttachFailed,
+    AttachModel,
+    CancelRequested,
+    DifferenceAccepted,
+    DriverLost,
+    EpochClosed,
+    FactEnvelope,
+    HeldModel,
+    ModelAttached,
+    ModelDetached,
+    ModelLoaded,
+    ProgressReported,
+    ReaderAttached,
+    ReplyTo,
+    RequestEnded,
+    RequestsConfigured,
+    RulesActivated,
+    RunSequence,
+    SequenceFinished,
+    SequencesSealed,
+    SetTimer,
+    StartSequence,
+    StepSkipped,
+    TimerFired,
+    To,
+    WorkerStarted,
+    encode,
     kind_of,
 )  # fmt: skip
 

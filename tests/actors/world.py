@@ -678,13 +678,14 @@ class World(Bench):
             self.now += 20 * MS
             if self.outbox:
                 self.deliver(0)
-            elif not self.tidy() and not any([driver.act() for driver in self.drivers]) and not self.recover():
-                if not self.fire():
-                    if not self.unfinished():
-                        return
-                    if not self.timers:
-                        break
-                    self.now = max(self.now, min(timer.due for timer in self.timers))
+            elif self.tidy() or any(driver.act() for driver in self.drivers) or self.recover() or self.fire():
+                continue
+            elif not self.unfinished():
+                return
+            elif not self.timers:
+                break
+            else:
+                self.now = max(self.now, min(timer.due for timer in self.timers))
         raise AssertionError(f"these never ended: {self.unfinished()}")
 
     def tidy(self) -> bool:

@@ -11,7 +11,8 @@ from unittest import mock
 import msgspec
 
 from actors import control, driver_core, replica, token_writer
-from bus.contract import Bus, NoAnswer, Record
+from bus.contract import Appended, Bus, Record
+from bus.memory_stream import MemoryStream
 from bus.messages import FactEnvelope, SealTokens, SequencesSealed, encode, kind_of
 from bus.ordering import FactOrder, TakenFact, _read_body, _taken
 from bus.subjects import FactSubject, Subjects
@@ -74,20 +75,16 @@ def nobody_rescues() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(replica.Replica, "rescue", lambda self, at, last_sequence: None)
 
 
-@contextlib.contextmanager
-def writers_are_not_fenced() -> Iterator[None]:
-    """A worker appends its pages whatever stands on its subject by then."""
+def writers_are_not_fenced() -> contextlib.AbstractContextManager[Any]:
+    """A page is stored whatever stands on its subject by then."""
+    original = MemoryStream.append
 
-    async def append(self: token_writer.TokenWriter, payload: bytes) -> int:
-        while True:
-            try:
-                stored = await self._log.append(self._subject, payload, publisher=self._publisher)
-            except NoAnswer:
-                continue
-            return stored.sequence
+    def append(self: MemoryStream, subject: str, payload: bytes, **how: Any) -> Appended:
+        if payload.startswith(b'{"page":'):
+            how["expected_last"] = None
+        return original(self, subject, payload, **how)
 
-    with mock.patch.object(token_writer.TokenWriter, "append", append):
-        yield
+    return mock.patch.object(MemoryStream, "append", append)
 
 
 @contextlib.contextmanager
