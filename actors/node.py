@@ -1,7 +1,7 @@
 """One server of a cell: the storage driver in this process, and a worker process per device, supervised.
 
 Workers are forked from a process that has imported everything they need and has a single thread (the fork server of
-`multiprocessing`). It ends when this process does, and the workers end with it.
+`multiprocessing`). It ends when this process does, and the workers end with it (`actors.fork_server`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import secrets
 import signal
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
@@ -73,7 +74,8 @@ async def run_node(options: NodeOptions) -> None:
     storage = LocalStorage(options.models, context_limit=options.context)
     driver = StoreDriver(options.server, dram_bytes=options.dram_bytes, storage=storage, process=os.getpid())
     shell = DriverShell(bus, bus.subjects, driver, boot=lambda: secrets.token_hex(8))
-    workers = [WorkerProcess(_context(), worker_settings(options, index)) for index in range(options.workers)]
+    context = _context()
+    workers = [WorkerProcess(context, worker_settings(options, index)) for index in range(options.workers)]
     tasks = Tasks()
     try:
         tasks.start(shell.run(), "store")
@@ -174,9 +176,12 @@ async def _ended(process: ForkServerProcess) -> None:
 
 
 def _context() -> ForkServerContext:
+    """Where workers are forked; what they need is being imported there when this returns."""
     os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["actors.worker_preload"])
+    context.set_forkserver_preload(["actors.fork_server"])
+    # From this thread, the main one: the fork server ends with the thread that made it.
+    forkserver.ensure_running()
     return context
 
 

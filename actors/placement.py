@@ -205,6 +205,7 @@ class Placement(Actor):
         instance.slots, instance.tier = message.slots, message.tier
         instance.used_at = instance.ready_at = now
         self._index(message.worker, model, instance)
+        self._note_loaded(self.state.workers[message.worker].server, message.model)
         model.failures, model.failed_on = 0, {}
         model.attach_ns = learned(model.attach_ns, message.attach_ns)
         return self._pump(now)

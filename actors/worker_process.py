@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import gc
 import logging
 import os
@@ -19,12 +18,11 @@ import uvloop
 from actors.driver import DriverShell
 from actors.local_runtime import LocalRuntime
 from actors.logs import configure_logs
+from actors.parent import end_with_parent
 from actors.worker_driver import WorkerDriver
 from actors.worker_settings import WorkerSettings
 from bus.contract import BusError
 from bus.jetstream import JetStreamBus
-
-_PR_SET_PDEATHSIG = 1
 
 logger = logging.getLogger("longshore.worker")
 
@@ -71,14 +69,6 @@ async def serve_worker(settings: WorkerSettings) -> None:
     finally:
         runtime.close()
         await bus.close()
-
-
-def end_with_parent() -> None:
-    """Have the kernel kill this process when the one that forked it is gone (Linux)."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:  # it was gone before
-            os._exit(1)
 
 
 def _leave(code: int) -> None:

@@ -211,7 +211,9 @@ class Aftermath:
                 key = (fact.actor, envelope.epoch)
                 expected = counts.get(key, 0) + 1
                 if envelope.count != expected:
-                    what = f"{fact.actor} in epoch {envelope.epoch}: fact {envelope.count} is taken as number {expected}"
+                    what = (
+                        f"{fact.actor} in epoch {envelope.epoch}: fact {envelope.count} is taken as number {expected}"
+                    )
                     self.violation(Promise.NO_HOLES, what)
                 counts[key] = envelope.count
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from random import Random
 
 import msgspec
@@ -36,20 +36,20 @@ class Operator:
             card = random.choice(self._options.models)
             self.removed[card.model] = True
             self._note(f"the operator removes {card.model}")
-            await self._insist(lambda model=card.model: self._client.remove_model(model))
+            await self._insist(self._client.remove_model, card.model)
             await asyncio.sleep(random.uniform(0.1, 1.5))
             if random.random() < 0.5:
                 card = msgspec.structs.replace(card, digest=f"{card.digest}-again")
             for storage in kept:
                 storage.pack(card)
             self._note(f"the operator adds {card.model} with {card.digest}")
-            await self._insist(lambda model=card.model: self._client.add_model(model))
+            await self._insist(self._client.add_model, card.model)
         # What was said while a store was away did not reach it, and a removal may overtake what came after it.
         while self._options.removals and not await self._all_there():
             for model in self.removed:
                 for storage in kept:
                     storage.pack(next(card for card in self._options.models if card.model == model))
-                await self._insist(lambda model=model: self._client.add_model(model))
+                await self._insist(self._client.add_model, model)
             await asyncio.sleep(3.0)
         self.done = True
 
@@ -61,10 +61,10 @@ class Operator:
         held = {one["model"] for one in models if not one["removed"] and one["servers"]}
         return all(model in held for model in self.removed)
 
-    async def _insist(self, ask: Callable[[], object]) -> None:
+    async def _insist(self, ask: Callable[[str], Awaitable[object]], model: str) -> None:
         while True:
             try:
-                await ask()  # type: ignore[misc]
+                await ask(model)
                 return
             except RequestFailed as failure:
                 self._note(f"the operator is told {failure.code}: {failure}")

@@ -31,7 +31,8 @@ class Troubles:
 class Options:
     """`disturb_every`: virtual seconds between disturbances, on average. `crash_at_record`: the chance that somebody
     dies as a record is stored; `crash_at` is the number of the one record (counted over both logs, 0 for none) whose
-    publisher dies then, before or after it learns of it. `wobble`: engines whose tokens depend on the engine, as in bf16.
+    publisher dies then, before or after it learns of it. `wobble`: engines whose tokens depend on the engine, as in
+    bf16. `removals`: how often the operator takes a model out.
     """
 
     seed: int

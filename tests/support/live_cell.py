@@ -70,11 +70,14 @@ async def live_cell(
     step_seconds: float = 0.0,
     slots: int = 64,
     control: tuple[str, ...] = (),
+    ledger_limit_bytes: int = 1 << 30,
 ) -> AsyncIterator[LiveCell]:
     """Up, with every worker known, when the block begins; nothing of it is left when it ends."""
     cell = LiveCell(folder)
     await cell.server.start_async()
-    cell.bus = await JetStreamBus.connect(cell.server.url, CELL, name="test", create=True)
+    cell.bus = await JetStreamBus.connect(
+        cell.server.url, CELL, name="test", create=True, ledger_limit_bytes=ledger_limit_bytes
+    )
     try:
         for _ in range(controls):
             await cell.add_control(*control)
