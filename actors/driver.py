@@ -18,7 +18,7 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from actors.driver_core import DriverCore, Effect, EpochOver, OutgoingFact
+from actors.driver_core import DriverCore, Effect, EpochOver, OutgoingFact, Replaced
 from bus.contract import Appended, Bus, BusError, LogFull, NoAnswer, Reader
 from bus.messages import Message
 from bus.subjects import Subjects
@@ -80,7 +80,8 @@ class DriverShell:
     """Runs one driver on one bus for as long as `run` is not cancelled.
 
     `boot` makes a random id for each epoch. `epoch` is the number of the open epoch, 0 between two; `endings` counts
-    the epochs that are over, `last_ending` says why the last one is.
+    the epochs that are over, `replaced` those that another process of this name ended; `last_ending` says why the
+    last one is over.
     """
 
     def __init__(self, bus: Bus, subjects: Subjects, driver: Driver, *, boot: Callable[[], str]) -> None:
@@ -91,6 +92,7 @@ class DriverShell:
         self._boots: dict[str, int] = {}
         self._life: _Life | None = None
         self.endings = 0
+        self.replaced = 0
         self.last_ending = ""
 
     @property
@@ -108,6 +110,7 @@ class DriverShell:
                 await self._live()
             except (EpochOver, BusError) as over:
                 self.last_ending = str(over)
+                self.replaced += isinstance(over, Replaced)
                 logger.warning("%s: %s", name, over, extra={"driver": name, "epoch": self.epoch})
             except Exception as error:
                 self.last_ending = f"{type(error).__name__}: {error}"

@@ -51,6 +51,10 @@ class EpochOver(Exception):
     """The epoch has ended; the message is one sentence that says why."""
 
 
+class Replaced(EpochOver):
+    """Another process started under this driver's name: a successor, or a second one that should have another name."""
+
+
 class Effect(NamedTuple):
     """What the cell wants done; `number` is what the answer names."""
 
@@ -153,7 +157,8 @@ class DriverCore:
             if envelope.boot == self.boot:
                 self.epoch = record.sequence
             elif self.epoch:
-                self._end(f"another process started as {self.name} at ledger sequence {record.sequence}")
+                reason = f"another process started as {self.name} at ledger sequence {record.sequence}"
+                self._end(reason, Replaced)
 
     def _read_said(self, record: Record, subject: SaidSubject) -> None:
         envelope = decode_said(record.payload)
@@ -186,8 +191,8 @@ class DriverCore:
         self._open[envelope.number] = type(message)
         self.effects.append(Effect(envelope.number, message))
 
-    def _end(self, reason: str) -> NoReturn:
+    def _end(self, reason: str, kind: type[EpochOver] = EpochOver) -> NoReturn:
         self.over = reason
         self.effects.clear()
         self._held.clear()
-        raise EpochOver(reason)
+        raise kind(reason)

@@ -22,15 +22,22 @@ from models.errors import ModelError
 from models.instance import Instance, load_instance
 from models.stops import StopFilter
 
+RESET_SECONDS = 30.0
+
 Got = TypeVar("Got")
 
 
 class LocalRuntime:
-    """Obeys `actors.worker_runtime.WorkerRuntime`. `models` is the directory of packed models."""
+    """Obeys `actors.worker_runtime.WorkerRuntime`. `models` is the directory of packed models.
 
-    def __init__(self, models: Path, *, device: str = "cpu") -> None:
+    A thread that does not come back cannot be ended: after `RESET_SECONDS` of waiting for it `give_up` is called,
+    which is to end the process.
+    """
+
+    def __init__(self, models: Path, *, device: str = "cpu", give_up: Callable[[], None] | None = None) -> None:
         self.device = device
         self._models = models
+        self._give_up = give_up
         self._instances: dict[str, Instance] = {}
         self._computing = ThreadPoolExecutor(1, thread_name_prefix="steps")
         self._attaching = ThreadPoolExecutor(1, thread_name_prefix="attaches")
@@ -38,9 +45,15 @@ class LocalRuntime:
 
     async def reset(self) -> None:
         # Whatever a cancelled call left in the threads is over once these return.
-        await self._in(self._attaching, lambda: None)
-        await self._in(self._encoding, lambda: None)
-        await self._in(self._computing, self._close_all)
+        try:
+            async with asyncio.timeout(RESET_SECONDS):
+                await self._in(self._attaching, lambda: None)
+                await self._in(self._encoding, lambda: None)
+                await self._in(self._computing, self._close_all)
+        except TimeoutError:
+            if self._give_up is not None:
+                self._give_up()
+            raise
 
     async def attach(self, model: str, digest: str, *, slots: int, kv_bytes: int, context: int) -> Engine:
         instance = await self._in(self._attaching, lambda: self._load(model, digest, slots, kv_bytes, context))

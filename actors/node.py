@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ from actors.driver import DriverShell
 from actors.local_storage import DEFAULT_CONTEXT, LocalStorage
 from actors.store_driver import StoreDriver
 from actors.worker_settings import WorkerSettings, start_worker
+from bus.errors import UserError
 from bus.jetstream import JetStreamBus
 from bus.tasks import Tasks
 
@@ -38,6 +40,10 @@ _ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 """For the workers: no thread may exist before the fork, and nothing is fetched from anywhere."""
+
+REPLACED_LIMIT = 3
+REPLACED_SECONDS = 60.0
+"""So often in so long another process may start under this server's name: more is no restart, but a second node."""
 
 logger = logging.getLogger("longshore.node")
 
@@ -67,6 +73,7 @@ class NodeOptions:
 async def run_node(options: NodeOptions) -> None:
     """Until SIGTERM or SIGINT, then everything is ended in order. Raises `Unreachable` where there is no server."""
     loop = asyncio.get_running_loop()
+    lock = _take_server(options)
     bus = await JetStreamBus.connect(options.nats, options.cell, name=f"longshore store/{options.server}")
     ending = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -82,13 +89,42 @@ async def run_node(options: NodeOptions) -> None:
         for worker in workers:
             tasks.start(worker.supervise(), worker.name)
         tasks.start(_until(ending), "ending")
+        tasks.start(_alone(shell, options.server), "alone")
         with contextlib.suppress(_Ending):
             await tasks.wait()
     finally:
         await tasks.stop()
         await asyncio.gather(*(worker.stop() for worker in workers))
         await bus.close()
+        os.close(lock)
     logger.info("node %s has ended", options.server)
+
+
+def _take_server(options: NodeOptions) -> int:
+    """A descriptor that holds this server's name in this data directory. Raises `UserError` where another node does."""
+    path = options.data / f"node-{options.server}.lock"
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise UserError(
+            f"server {options.server} of data directory {options.data} is in use by another node: stop it, or give "
+            "this one another --server or --data"
+        ) from None
+    return lock
+
+
+async def _alone(shell: DriverShell, server: str) -> None:
+    """Raises `UserError` where a second node keeps starting under the same name elsewhere."""
+    while True:
+        before = shell.replaced
+        for _ in range(int(REPLACED_SECONDS)):
+            await asyncio.sleep(1)
+            if shell.replaced - before >= REPLACED_LIMIT:
+                raise UserError(
+                    f"another node of this cell calls itself {server}, too: stop it, or give this one another --server"
+                )
 
 
 def worker_settings(options: NodeOptions, index: int) -> WorkerSettings:

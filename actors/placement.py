@@ -163,9 +163,8 @@ class Placement(Actor):
         if model is not None:
             model.removed, model.failures, model.failed_on = False, 0, {}
             self.state.removing.pop(message.model, None)
-        return [
-            To(f"store/{name}", LookForModel(message.model)) for name, server in self.state.servers.items() if server.up
-        ]
+        # Servers that are away are asked, too: they must not delete it when they are back.
+        return [To(f"store/{name}", LookForModel(message.model)) for name in self.state.servers]
 
     def on_ModelRemoved(self, message: ModelRemoved, now: int) -> list[To]:
         model = self.state.models.get(message.model)
@@ -239,8 +238,6 @@ class Placement(Actor):
         """A slot of this instance came free: for its own queue first, and for others where it is idle by that."""
         state, name = self.state, model.card.model
         said = self._dispatch(name, now) if name in state.queues else []
-        if name in state.room and name not in state.queues:
-            said += self._undrain(name, now)
         if not instance.active:
             return [*said, *self._pump(now)] if state.queues or state.removing else said
         if said and len(state.queues) > (name in state.queues) and self._older_starves(name):
@@ -276,6 +273,8 @@ class Placement(Actor):
             waiting = queue[request]
             self._dequeue(name, request)
             said.append(self._place(model, request, waiting, worker, now))
+        if name in self.state.room and name not in self.state.queues:
+            said += self._undrain(name, now)
         return said
 
     def _free_instance(self, model: KnownModel) -> str | None:

@@ -15,7 +15,6 @@ from actors.cell import Cell
 from actors.readback import Difference, Readback, accepted_differences, kind_in
 from bus.contract import Record
 
-
 GRACE_SECONDS = 1.0
 """How late an output may stand in the ledger, by its own timestamps, before it counts as missing."""
 

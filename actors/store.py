@@ -162,6 +162,10 @@ class Store(Actor):
         model.leases.pop(message.worker, None)
         model.waiting.pop(message.worker, None)
         model.used_at = now
+        if model.tier == "ssd" and not model.loading and not model.deleting:
+            # It never came, and placement may count on its coming.
+            held = To("placement", ModelHeld(self.state.server, model.card, "ssd"))
+            return [held, *self._release(message.model, model)]
         return self._release(message.model, model)
 
     def on_ModelLoaded(self, message: ModelLoaded, now: int) -> list[To]:

@@ -95,8 +95,9 @@ class CellProcesses:
         for number in range(1, options.nodes + 1):
             arguments = ["node", *common, "--server", f"s{number}", "--data", str(options.data)]
             arguments += ["--workers", str(options.workers), "--device", options.device]
-            for flag, value in (("--memory", options.memory), ("--dram", options.dram)):
-                arguments += [flag, value] if value else []
+            arguments += ["--dram", options.dram or str(_share(options.nodes))]
+            memory = options.memory or (str(_share(options.nodes * options.workers)) if options.device == "cpu" else "")
+            arguments += ["--memory", memory] if memory else []
             arguments += ["--slots", str(options.slots)] if options.slots else []
             arguments += options.node_arguments
             self.nodes.append(Child(f"node-s{number}", arguments, logs / f"node-s{number}.log"))
@@ -170,6 +171,12 @@ class CellProcesses:
             ) from None
         os.truncate(self._lock, 0)
         os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+
+
+def _share(parts: int) -> int:
+    """Bytes for one of so many parts: together they get 40 % of this machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, memory * 2 // 5 // parts)
 
 
 async def cell_status(bus: JetStreamBus, cell: str) -> dict[str, Any] | None:

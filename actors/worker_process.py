@@ -47,7 +47,12 @@ async def serve_worker(settings: WorkerSettings) -> None:
     """Run the driver until SIGTERM. Raises `BusError` where there is no server."""
     loop = asyncio.get_running_loop()
     name = f"gpu/{settings.server}/{settings.index}"
-    runtime = LocalRuntime(Path(settings.models), device=settings.device)
+
+    def give_up() -> None:
+        logger.error("%s hangs in a step or an attach and ends, to be started again", name)
+        _leave(1)
+
+    runtime = LocalRuntime(Path(settings.models), device=settings.device, give_up=give_up)
     bus = await JetStreamBus.connect(settings.nats, settings.cell, name=f"longshore {name}")
     driver = WorkerDriver(
         bus,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from virtual_loop import run_virtual
 
 from actors.token_writer import Fenced, TokenWriter
+from bus.contract import Record
 from bus.memory import MemoryServer
 from bus.memory_faults import FINE, AppendFate, NoFaults
 from bus.pages import Page, Seal, encode_page
@@ -82,7 +83,12 @@ def test_a_page_that_was_stored_just_before_the_seal_counts_as_refused() -> None
     async def main() -> None:
         server = MemoryServer("main")
         writer = writer_on(server, UNANSWERED)
-        server.observe(lambda log, record: server.tokens.append(SUBJECT, SEAL) if record.payload != SEAL else None)
+
+        def seal_behind(log: str, record: Record) -> None:
+            if record.payload != SEAL:
+                server.tokens.append(SUBJECT, SEAL)
+
+        server.observe(seal_behind)
         with pytest.raises(Fenced):
             await writer.append(page(0))
         assert [record.payload for record in server.tokens.since(1)] == [page(0), SEAL]

@@ -81,11 +81,11 @@ async def ask(node: Node, name: str, *, max_tokens: int = 20) -> Listener:
 
 async def gone(descriptor: int) -> None:
     """Until the process of this descriptor has ended, however it did."""
-    ended = asyncio.get_running_loop().create_future()
-    asyncio.get_running_loop().add_reader(descriptor, lambda: ended.done() or ended.set_result(None))
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_reader(descriptor, ended.set)
     try:
         async with asyncio.timeout(10.0):
-            await ended
+            await ended.wait()
     finally:
         asyncio.get_running_loop().remove_reader(descriptor)
         os.close(descriptor)

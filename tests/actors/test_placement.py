@@ -426,7 +426,7 @@ def test_a_model_that_is_added_is_looked_for_and_lives_again() -> None:
     assert table.tell(ModelAdded("x")) == [To("store/s", LookForModel("x"))]
     assert not table.actor.state.removing and starts(table.ask("r", "x"))
     table.tell(ServerGone("s"))
-    assert table.tell(ModelAdded("y")) == []
+    assert table.tell(ModelAdded("y")) == [To("store/s", LookForModel("y"))]
 
 
 def test_a_model_that_no_server_holds_any_more_is_refused_with_those_who_wait() -> None:

@@ -266,3 +266,13 @@ def test_a_model_added_again_is_kept_and_one_being_deleted_comes_back_after_it()
     assert isinstance(refused.message, LeaseRefused)
     assert store.handle(ModelFound(card("a", digest="new")), 6) == []
     assert store.handle(ModelDeleted("a"), 7) == [placement(ModelHeld("s", card("a", digest="new"), "ssd"))]
+
+
+def test_a_lease_returned_before_it_was_granted_tells_placement_that_nothing_comes() -> None:
+    """Found by a world: a worker died between a refused lease and its second try; its load was counted for ever."""
+    store = make(held("a", "dram"), held("b"), dram=40)
+    lease(store, W0, "a")
+    (refused,) = lease(store, W0, "b")
+    assert isinstance(refused.message, LeaseRefused)
+    assert store.handle(LeaseReturned(W0, "b"), 2) == [placement(ModelHeld("s", card("b"), "ssd"))]
+    assert store.handle(LeaseReturned(W0, "a"), 2) == []

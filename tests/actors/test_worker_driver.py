@@ -251,7 +251,7 @@ async def test_a_reader_that_joins_is_shown_everything_it_asked_for() -> None:
             await here.control.state("requests", ReaderAttached("r1", listener.reply))
         rest = await late.all()
         single = await whole.all()
-        tokens = []
+        tokens: list[int] = []
         for chunk in rest:
             assert chunk.position == 3 + len(tokens)
             tokens += chunk.tokens

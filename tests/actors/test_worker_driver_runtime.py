@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -98,4 +99,18 @@ async def test_cancelled_sequences_free_their_slots(models: Path) -> None:
     await runtime.detach("tiny")
     with pytest.raises(AttachRefused, match="not attached"):
         await runtime.encode("tiny", Generation(5, prompt="x"))
+    runtime.close()
+
+
+async def test_a_thread_that_hangs_is_given_up(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.local_runtime.RESET_SECONDS", 0.05)
+    given_up: list[bool] = []
+    runtime = LocalRuntime(models, give_up=lambda: given_up.append(True))
+    hang = threading.Event()
+    runtime._computing.submit(hang.wait)
+    with pytest.raises(TimeoutError):
+        await runtime.reset()
+    hang.set()
+    assert given_up
+    await runtime.reset()
     runtime.close()

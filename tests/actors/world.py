@@ -787,7 +787,9 @@ def _check_indexes(placement: PlacementState) -> None:
     assert leased == {n: {m: one.workers for m, one in s.leased.items()} for n, s in placement.servers.items()}
     assert {n: m.instances for n, m in placement.models.items()} == instances
     assert {n: m.open for n, m in placement.models.items()} == indexed
-    assert all(model.servers or model.instances for model in placement.models.values()), "nothing is kept for nothing"
+    going = {model: True for worker in placement.workers.values() for model in worker.instances}
+    for name, model in placement.models.items():
+        assert model.servers or model.instances or name in going, "nothing is kept for nothing"
     victims = [victim for room in placement.room.values() for victim in room.victims]
     assert sorted(victims) == sorted(draining), "what drains, drains for one"
     assert all(model in placement.queues for model in placement.room)

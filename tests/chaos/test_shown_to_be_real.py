@@ -17,7 +17,7 @@ from chaos.promises import Promise
 from chaos.run import Verdict, run_world
 
 SEEDS = range(12)
-FROZEN = {"disturbances": ("freeze", "cut"), "disturb_every": 0.4, "odds": Odds()}
+FROZEN = {"disturbances": ("freeze",), "disturb_every": 0.2, "requests": 60, "odds": Odds()}
 DYING = {"disturbances": ("crash",), "disturb_every": 0.5, "odds": Odds()}
 LOSSY = {"disturbances": (), "odds": Odds(append_lost=0.05)}
 CALM: dict[str, Any] = {"disturbances": (), "odds": Odds()}
