@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mutations
 import pytest
 from typer.testing import CliRunner
 
@@ -93,3 +94,17 @@ def test_the_command_shows_a_world_and_gives_json() -> None:
     as_json = CliRunner().invoke(app, ["--seeds", "2", "--from", "3", "--json"])
     first, second, summary = map(json.loads, as_json.output.splitlines())
     assert (first["seed"], second["seed"], summary) == (3, 4, {"seeds": 2, "failed": []})
+
+
+def test_a_failing_seed_shows_its_world_and_how_to_run_it_again() -> None:
+    import typer
+
+    from chaos import cli
+
+    app = typer.Typer()
+    app.command()(cli.run)
+    with mutations.nobody_rescues():
+        shown = CliRunner().invoke(app, ["--seeds", "1", "--from", "9"])
+    assert shown.exit_code == 1
+    for expected in ("seed 9: FAILED", "odds", "broken: ENDED_ONCE", "longshore chaos run --seed 9 --trace"):
+        assert expected in shown.output

@@ -16,7 +16,7 @@ from chaos.options import draw
 from chaos.promises import Promise
 from chaos.run import Verdict, run_world
 
-SEEDS = range(12)
+SEEDS = range(16)
 FROZEN = {"disturbances": ("freeze",), "disturb_every": 0.2, "requests": 60, "odds": Odds()}
 DYING = {"disturbances": ("crash",), "disturb_every": 0.5, "odds": Odds()}
 LOSSY = {"disturbances": (), "odds": Odds(append_lost=0.05)}
