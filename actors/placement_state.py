@@ -12,6 +12,8 @@ import msgspec
 from bus.messages import ModelCard, PlacementConfigured, Tier
 
 SECOND = 1_000_000_000
+FAILURES_LIMIT = 10
+"""Starts of one model that may fail in a row before its waiting requests are told."""
 
 
 LARGEST = 2**62

@@ -49,6 +49,9 @@ from bus.messages import (
 REPLIES_LIMIT = 64
 """Readers of one request at a time; the oldest makes room."""
 
+REJECTIONS_LIMIT = 20
+"""How often workers may send a request back without having begun it: no death, but no progress either."""
+
 RETENTION = "retention"
 MILLISECOND = 1_000_000
 SECOND = 1_000_000_000
@@ -71,6 +74,7 @@ class Request(msgspec.Struct):
     worker: str = ""
     position: int = 0
     deaths: int = 0
+    rejections: int = 0
     stopping: str = ""
     replies: list[ReplyTo] = []
     spans: list[Span] = []
@@ -218,9 +222,13 @@ class Requests(Actor):
             return [*ended, released]
         if request.stopping:
             return [*self._end(message.request, request, now, self._stopped(request)), released]
-        request.deaths += 1
-        if request.deaths >= self.state.configuration.deaths_limit:
-            reason = f"{request.deaths} workers gave this request up, the last one because {message.reason}"[:4000]
+        if message.code == "engine_error":
+            request.deaths += 1
+        else:
+            request.rejections += 1
+        if request.deaths >= self.state.configuration.deaths_limit or request.rejections >= REJECTIONS_LIMIT:
+            count = request.deaths + request.rejections
+            reason = f"{count} workers gave this request up, the last one because {message.reason}"[:4000]
             ended = self._end(message.request, request, now, "quarantined", code="quarantined", reason=reason)
             return [*ended, released]
         return [released, *said, *self._again(message.request, request)]

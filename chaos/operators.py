@@ -44,13 +44,18 @@ class Operator:
                 storage.pack(card)
             self._note(f"the operator adds {card.model} with {card.digest}")
             await self._insist(self._client.add_model, card.model)
-        # What was said while a store was away did not reach it, and a removal may overtake what came after it.
-        while self._options.removals and not await self._all_there():
-            for model in self.removed:
-                for storage in kept:
-                    storage.pack(next(card for card in self._options.models if card.model == model))
-                await self._insist(self._client.add_model, model)
-            await asyncio.sleep(3.0)
+        # A deletion that was under way may have taken what was packed anew, and a control that is behind does not know.
+        seen = 0
+        while self._options.removals and seen < 3:
+            if await self._all_there():
+                seen += 1
+            else:
+                seen = 0
+                for model in self.removed:
+                    for storage in kept:
+                        storage.pack(next(card for card in self._options.models if card.model == model))
+                    await self._insist(self._client.add_model, model)
+            await asyncio.sleep(1.5)
         self.done = True
 
     async def _all_there(self) -> bool:

@@ -502,7 +502,7 @@ def test_a_warm_request_costs_the_same_however_large_the_cell_is(monkeypatch: py
     for i in range(40):
         table.ask(f"r{i}", f"m{1 + i % 19}")
     assert table.actor.state.waiting == 40
-    monkeypatch.setattr("actors.placement.best_options", lambda *a, **k: pytest.fail("weighed"))
+    monkeypatch.setattr("actors.placement_pump.best_options", lambda *a, **k: pytest.fail("weighed"))
     monkeypatch.setattr(Placement, "_pump", lambda *a: pytest.fail("pumped"))
     for i in range(10):
         assert placed(table.ask(f"warm{i}", "m0")) == [(f"warm{i}", "gpu/s0/0")]
@@ -514,7 +514,7 @@ def test_waiting_longer_is_not_weighed_again_while_nothing_changes(monkeypatch: 
     table.ask("r1")
     table.ask("r2")
     weighed: list[int] = []
-    monkeypatch.setattr("actors.placement.best_options", lambda *a, **k: weighed.append(1) or ([], 5))
+    monkeypatch.setattr("actors.placement_pump.best_options", lambda *a, **k: weighed.append(1) or ([], 5))
     for i in range(20):
         table.ask(f"q{i}")
     assert weighed == []

@@ -81,7 +81,12 @@ def test_state_at_is_the_cell_at_that_sequence(recording: Path, records: list[Re
 
 PLANTED = {
     # One line each; what it changes must be named by message and field.
-    "the worst candidate is chosen": ("placement.py", "chosen = options[0]", "chosen = options[-1]", "instance.start"),
+    "the worst candidate is chosen": (
+        "placement_pump.py",
+        "chosen = options[0]",
+        "chosen = options[-1]",
+        "instance.start",
+    ),
     "a slot less is given": (
         "placement_state.py",
         "return slots, slots * per_slot",

@@ -8,7 +8,7 @@ import pytest
 from world import MS, SECOND, accepted
 
 from actors.actor import Unexpected
-from actors.requests import REPLIES_LIMIT, Requests
+from actors.requests import REJECTIONS_LIMIT, REPLIES_LIMIT, Requests
 from bus.messages import (
     CancelRequested,
     Generation,
@@ -151,13 +151,22 @@ def test_what_kills_its_workers_is_quarantined(kind: str) -> None:
     for attempt in (1, 2, 3):
         fact: Message = SequenceEnded(R, attempt, "", span(attempt - 1, attempt, attempt, sealed=20))
         if kind == "rejected":
-            fact = SequenceRejected(R, attempt, "it broke", retry=True)
+            fact = SequenceRejected(R, attempt, "it broke", "engine_error", retry=True)
         said = requests.handle(fact, 30)
         requests.handle(RequestPlaced(R, attempt + 1, W0), 30)
     ended = ends(said)
     assert (ended.outcome, ended.code) == ("quarantined", "quarantined") and "3 workers" in ended.reason
     assert (released(3) in said) is (kind == "rejected")
     assert len(ended.spans) == (3 if kind == "died" else 0)
+
+
+def test_what_workers_send_back_unbegun_is_no_death_and_still_bounded() -> None:
+    requests = running()
+    for attempt in range(1, REJECTIONS_LIMIT):
+        assert released(attempt) in requests.handle(SequenceRejected(R, attempt, "full", retry=True), 30)
+        requests.handle(RequestPlaced(R, attempt + 1, W0), 30)
+    ended = ends(requests.handle(SequenceRejected(R, REJECTIONS_LIMIT, "full", retry=True), 30))
+    assert ended.outcome == "quarantined" and f"{REJECTIONS_LIMIT} workers" in ended.reason
 
 
 def test_the_limit_of_deaths_is_configuration() -> None:

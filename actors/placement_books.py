@@ -1,0 +1,134 @@
+"""What placement keeps in order: which models, servers, workers and instances there are, who waits, what can never fit.
+
+The lower half of `actors.placement`: nothing here decides where something starts.
+"""
+
+from __future__ import annotations
+
+from actors.actor import Actor
+from actors.placement_state import (
+    KnownModel,
+    PlacementState,
+    RunningInstance,
+    Server,
+    Waiting,
+    kv_plan,
+)
+from bus.messages import (
+    ModelCard,
+    PlacementRefused,
+    PlaceRequest,
+    To,
+)
+
+
+class PlacementBooks(Actor):
+    """State and bookkeeping of placement."""
+
+    State = PlacementState
+    state: PlacementState
+
+    def _know(self, card: ModelCard) -> KnownModel:
+        model = self.state.models.get(card.model)
+        if model is None:
+            model = self.state.models[card.model] = KnownModel(card, servers={}, instances={})
+        model.card = card
+        return model
+
+    def _settle(self, name: str, reason: str = "") -> list[To]:
+        """A model that no server holds and no worker runs is forgotten; who still waits for it is told."""
+        model = self.state.models.get(name)
+        if model is None or model.servers or model.instances:
+            return []
+        said = self._refuse_waiting(name, "unknown_model", reason or f"no server holds {name} any more")
+        del self.state.models[name]
+        self.state.removing.pop(name, None)
+        return said
+
+    def _note_loading(self, server_name: str, server: Server, model: KnownModel) -> None:
+        """The model is on its way to DRAM where an instance starts from SSD."""
+        name = model.card.model
+        if model.servers.get(server_name) != "ssd" or not server.up:
+            return
+        for worker_name in model.instances:
+            worker = self.state.workers[worker_name]
+            if worker.server == server_name and worker.instances[name].status == "starting":
+                server.loading.setdefault(name, model.card.weight_bytes)
+                return
+
+    def _note_loaded(self, server: str, model: str) -> None:
+        if server in self.state.servers:
+            self.state.servers[server].loading.pop(model, None)
+
+    def _instance(self, worker: str, model: str) -> RunningInstance | None:
+        known = self.state.workers.get(worker)
+        return known.instances.get(model) if known is not None else None
+
+    def _enqueue(self, message: PlaceRequest, now: int) -> None:
+        queue = self.state.queues.setdefault(message.model, {})
+        queue[message.request] = Waiting(message.attempt, message.accepted, now)
+        self.state.waiting += 1
+        if len(queue) > 1 and message.attempt > 1:
+            ordered = sorted(queue.items(), key=lambda item: item[1].accepted)
+            queue.clear()
+            queue.update(ordered)
+
+    def _dequeue(self, model: str, request: str) -> None:
+        queue = self.state.queues[model]
+        del queue[request]
+        self.state.waiting -= 1
+        if not queue:
+            del self.state.queues[model]
+
+    def _refuse(self, message: PlaceRequest, code: str, reason: str, retry_ms: int = 0) -> To:
+        refused = PlacementRefused(message.request, message.attempt, code, reason, retry_ms)  # type: ignore[arg-type]
+        return To("requests", refused)
+
+    def _refuse_waiting(self, model: str, code: str, reason: str) -> list[To]:
+        said = []
+        for request, waiting in list(self.state.queues.get(model, {}).items()):
+            self._dequeue(model, request)
+            refused = PlacementRefused(request, waiting.attempt, code, reason)  # type: ignore[arg-type]
+            said.append(To("requests", refused))
+        return said
+
+    def _refuse_too_large(self) -> list[To]:
+        """Those who waited for the first worker or server, and it turns out that their model does not fit."""
+        said = []
+        for name in list(self.state.queues):
+            model = self.state.models[name]
+            if not model.instances and (too_large := self._too_large(model)):
+                said += self._refuse_waiting(name, "too_large", too_large)
+        return said
+
+    def _too_large(self, model: KnownModel) -> str:
+        """One sentence where no worker that was ever up could hold it beside its server; empty where one could."""
+        card = model.card
+        servers = {name: self.state.servers[name].dram_bytes for name in model.servers}
+        if servers and card.weight_bytes > max(servers.values()):
+            largest = max(servers.values())
+            return f"{card.model} needs {card.weight_bytes} bytes of DRAM; the largest budget is {largest}"
+        sizes = [size for size in self.state.sizes.values() if size.server in servers]
+        fitting = [size for size in sizes if kv_plan(card, size.memory_bytes, size.max_slots)[0]]
+        if not sizes or any(card.weight_bytes <= servers[size.server] for size in fitting):
+            return ""
+        need = card.weight_bytes + card.context * card.kv_bytes_per_token
+        largest = max(size.memory_bytes for size in sizes)
+        return (
+            f"{card.model} needs {need} bytes of device memory for its weights and one full context; "
+            f"the largest worker has {largest}"
+        )
+
+    def _index(self, worker: str, model: KnownModel, instance: RunningInstance) -> None:
+        """Keep `model.open` true after the status or the slots in use of one of its instances changed."""
+        free = instance.slots - len(instance.active) if instance.status == "running" else 0
+        if free == instance.free:
+            return
+        if instance.free:
+            others = model.open[instance.free]
+            del others[worker]
+            if not others:
+                del model.open[instance.free]
+        if free:
+            model.open.setdefault(free, {})[worker] = True
+        instance.free = free
