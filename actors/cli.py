@@ -126,7 +126,7 @@ async def _up(options: Any) -> None:
             console.print(f"cell {options.cell} is up: {len(status['workers'])} workers, models: {models}")
             example = f"--nats {cell.url}" if cell.url != DEFAULT_NATS else ""
             console.print(f"ask it:   longshore ask MODEL 'prompt' {example}\nwatch it: longshore tail {example}")
-            await cell.watch()
+            await cell.watch(console.print)
 
     work = asyncio.ensure_future(keep())
     await asyncio.wait([work, stop], return_when=asyncio.FIRST_COMPLETED)

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import msgspec
+import structlog
 
 from actors.cell import Cell
 from actors.placement_state import PlacementState
@@ -42,7 +43,7 @@ from bus.messages import (
     kind_of,
 )
 from bus.replies import Result, Status, accepted, unknown
-from bus.subjects import Subjects, unescape_model
+from bus.subjects import Subjects, may_reply, unescape_model
 from bus.tasks import Tasks
 
 QUEUE_GROUP = "intake"
@@ -51,6 +52,8 @@ FULL_PERCENT = 80
 
 UNDERWAY_LIMIT = 2000
 """Messages handled at once. What comes beyond that is refused at once: nothing piles up while the bus is away."""
+
+log = structlog.get_logger("longshore.intake")
 
 Answer = Status | Result | dict[str, Any] | list[Any] | None
 
@@ -87,6 +90,10 @@ class Intake:
         try:
             while True:
                 delivery = await subscription.next()
+                if delivery.reply and not may_reply(delivery.reply):
+                    self.counts["errors"] += 1
+                    log.warning("reply subject refused", subject=delivery.subject[:200], reply=delivery.reply[:200])
+                    continue
                 if tasks.brief >= UNDERWAY_LIMIT:
                     busy = Refusal("not_ready", f"{UNDERWAY_LIMIT} messages are being handled already", retry_ms=1000)
                     await self._reply(delivery, busy.status(), busy.headers())
@@ -111,6 +118,10 @@ class Intake:
             await self._reply(delivery, refusal.status(), refusal.headers())
         except BusError:
             self.counts["errors"] += 1
+        except Exception:
+            # One message that nobody thought of must not end the control: it would end the next one as well.
+            self.counts["errors"] += 1
+            log.exception("a message was not understood", subject=delivery.subject[:200])
 
     async def _reply(self, delivery: Delivery, answer: Answer, headers: dict[str, str]) -> None:
         if not delivery.reply:

@@ -69,8 +69,8 @@ async def _read(bus: Bus, subject: str, end: int, order: SealTokens) -> list[Sea
         while at < end:
             for record in await asyncio.wait_for(reader.batch(), 5.0):
                 at = record.sequence
-                page = decode_page(record.payload) if at < end else None
-                for sequence in page.sequences if isinstance(page, Page) else ():
+                page = _page(record.payload) if at < end else None
+                for sequence in page.sequences if page is not None else ():
                     key = (sequence.request, sequence.attempt)
                     if f"{key[0]}/{key[1]}" not in wanted:
                         continue
@@ -105,6 +105,15 @@ def _parts(sequences: list[SealedSequence]) -> list[list[SealedSequence]]:
         parts[-1].append(sequence)
         size += weight
     return parts
+
+
+def _page(payload: bytes) -> Page | None:
+    """None for what is no page: no worker wrote that, and the worker that met it there has stopped."""
+    try:
+        page = decode_page(payload)
+    except ValueError:
+        return None
+    return page if isinstance(page, Page) else None
 
 
 def _is_seal(payload: bytes) -> bool:

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,8 @@ from bus.server import EmbeddedServer
 from bus.subjects import Subjects
 
 READY_SECONDS = 60.0
+_LOOK_SECONDS = 0.2
+_LONGEST_PAUSE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,17 +132,34 @@ class CellProcesses:
                 raise UserError(f"{have} of {wanted} workers were up after {seconds:g} s; see the logs in {logs}")
             await asyncio.sleep(0.1)
 
-    async def watch(self) -> None:
-        """Until a process of the cell ends on its own. Raises `UserError` that names it."""
-        waits = {asyncio.ensure_future(child.wait()): child for child in self.children}
+    async def watch(self, tell: Callable[[str], None]) -> None:
+        """For ever: start again what was killed, and `tell` of it. Raises `UserError` for a process that gave up."""
+        keepers = [asyncio.ensure_future(self._keep(child, tell)) for child in self.children]
+        if self.server is not None:
+            keepers.append(asyncio.ensure_future(self._keep_server(self.server, tell)))
         try:
-            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(keepers, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for wait in waits:
-                wait.cancel()
-        child = waits[done.pop()]
-        code = child.process.returncode if child.process is not None else "?"
+            for keeper in keepers:
+                keeper.cancel()
+        done.pop().result()
+
+    async def _keep(self, child: Child, tell: Callable[[str], None]) -> None:
+        pauses = _Pauses()
+        while (code := await child.wait()) < 0:
+            await pauses.take()
+            tell(f"{child.name} was ended by signal {-code}: starting it again")
+            await child.start()
         raise UserError(f"{child.name} ended with code {code}; the end of {child.log}:\n{child.last_words()}")
+
+    async def _keep_server(self, server: EmbeddedServer, tell: Callable[[str], None]) -> None:
+        pauses = _Pauses()
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            if not server.running:
+                await pauses.take()
+                tell(f"the NATS server at {server.url} has ended: starting it again")
+                await server.start_async()
 
     async def stop(self) -> None:
         """Nodes first, so that they say good-bye; then controls; the server last."""
@@ -171,6 +191,22 @@ class CellProcesses:
             ) from None
         os.truncate(self._lock, 0)
         os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+
+
+class _Pauses:
+    """Before a process is started again: none at first, then longer ones, until it ran for longer than the longest."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._since = asyncio.get_running_loop().time()
+
+    async def take(self) -> None:
+        loop = asyncio.get_running_loop()
+        if loop.time() - self._since > _LONGEST_PAUSE_SECONDS:
+            self._seconds = 0.0
+        await asyncio.sleep(self._seconds)
+        self._seconds = min(_LONGEST_PAUSE_SECONDS, 2 * self._seconds or 0.5)
+        self._since = loop.time()
 
 
 def _share(parts: int) -> int:

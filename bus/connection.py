@@ -158,7 +158,7 @@ class Connection(Client):
     ) -> None:
         """Publish a core message; one that finds no connection is lost. Waits only while the socket takes no more.
 
-        Raises `BusError` where it is too large.
+        Raises `BusError` where it is too large, or its subject cannot be sent.
         """
         self.write(self.frame(subject, payload, reply=reply, headers=header_block(headers or {})))
         if self._pending_data_size > WRITE_BUFFER_BYTES:
@@ -170,7 +170,10 @@ class Connection(Client):
                 f"a message of {len(payload) + len(headers)} bytes on {subject} is over the server's limit "
                 f"of {self.max_payload} bytes"
             )
-        return publish_frame(subject, reply, headers, payload)
+        try:
+            return publish_frame(subject, reply, headers, payload)
+        except ValueError as error:
+            raise BusError(str(error)) from None
 
     # requests
     async def ask(

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from bus.contract import Bus, BusError
-from bus.subjects import Subjects
+from bus.subjects import Subjects, may_reply
 
 NAME = "longshore"
 VERSION = "0.1.0"
@@ -43,7 +43,7 @@ class Service:
         try:
             while True:
                 delivery = await subscription.next()
-                if delivery.reply:
+                if may_reply(delivery.reply):
                     try:
                         await self._bus.publish(delivery.reply, msgspec.json.encode(self.body(verb)))
                     except BusError:

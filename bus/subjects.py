@@ -24,11 +24,30 @@ ROOT = "longshore"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}\Z")
 _PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 MODEL_NAME_LIMIT = 200
+REPLY_LIMIT = 512
+"""Longest reply subject, as the messages that carry one say."""
+_REPLY = re.compile(r"[^\s\x00-\x20\x7f]+\Z")
 
 
 def valid_name(name: str) -> bool:
     """Cells and servers: 1 to 63 letters, digits, `-` and `_`, beginning with a letter or digit."""
     return _NAME.match(name) is not None
+
+
+def may_reply(subject: str) -> bool:
+    """Whether a client may be answered on this subject.
+
+    Not on one that a stream of ours captures, nor on one that a server obeys: we would write there with our own
+    rights, on behalf of somebody who has none.
+    """
+    tokens = subject.split(".")
+    return (
+        len(subject) <= REPLY_LIMIT
+        and _REPLY.match(subject) is not None
+        and tokens[0] != ROOT
+        and not subject.startswith("$")
+        and all(token not in ("", "*", ">") for token in tokens)
+    )
 
 
 def escape_model(model: str) -> str:

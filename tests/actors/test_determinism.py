@@ -12,13 +12,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DECIDING = [
-    "actors/actor.py", "actors/cell.py", "actors/gpu.py", "actors/placement.py", "actors/placement_books.py", "actors/placement_pump.py",
+    "actors/actor.py", "actors/cell.py", "actors/gpu.py", "actors/placement.py",
+    "actors/placement_books.py", "actors/placement_pump.py",
     "actors/placement_start.py",
     "actors/placement_state.py", "actors/requests.py", "actors/store.py", "bus/ordering.py",
 ]  # fmt: skip
 ALLOWED = {
     "__future__", "typing", "collections", "hashlib", "msgspec", "bus.messages", "bus.contract", "bus.ordering",
-    "bus.subjects", "actors.actor", "actors.gpu", "actors.placement", "actors.placement_books", "actors.placement_pump",
+    "bus.subjects", "actors.actor", "actors.gpu", "actors.placement",
+    "actors.placement_books", "actors.placement_pump",
     "actors.placement_start",
     "actors.placement_state", "actors.requests", "actors.store",
 }  # fmt: skip
