@@ -123,7 +123,7 @@ async def _up(options: Any) -> None:
             finally:
                 await bus.close()
             models = ", ".join(status["models"]) or "none yet (longshore model add NAME DIR)"
-            console.print(f"cell {options.cell} is up: {len(status['workers'])} workers, models: {models}")
+            console.print(f"cell {options.cell} is up: {_workers(len(status['workers']))}, models: {models}")
             example = f"--nats {cell.url}" if cell.url != DEFAULT_NATS else ""
             console.print(f"ask it:   longshore ask MODEL 'prompt' {example}\nwatch it: longshore tail {example}")
             await cell.watch(console.print)
@@ -135,6 +135,10 @@ async def _up(options: Any) -> None:
         work.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await work
+
+
+def _workers(count: int) -> str:
+    return f"{count} worker" if count == 1 else f"{count} workers"
 
 
 async def status(nats: NatsOption = DEFAULT_NATS, cell: CellOption = DEFAULT_CELL, json: JsonOption = False) -> None:

@@ -14,6 +14,7 @@ or an unknown rule version end it with an exception that says what and where; wh
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import cast
 
 import structlog
@@ -26,8 +27,9 @@ from actors.replica import Replica
 from actors.results import ResultsReader
 from actors.sealer import seal
 from actors.timers import Timers
+from actors.unshown import Unshown
 from actors.watch import LOOK_SECONDS, SILENCE_SECONDS, Watch
-from bus.contract import Appended, Bus, BusError, LogFull, Reader, Record
+from bus.contract import Appended, Bus, BusError, LogFull, Reader
 from bus.messages import SealTokens, decode_said, decode_said_body
 from bus.subjects import Subjects
 from bus.tasks import Tasks
@@ -36,8 +38,7 @@ POLL_SECONDS = 0.05
 STANDBY_SECONDS = 0.5
 """How much later a replica that does not lead does what the leading one should have done by then."""
 
-SHOW_AGAIN_NS = 10_000_000_000
-"""After a start, ends that were stated within this time are shown again: the control before may not have come to it."""
+MEASURE_SECONDS = 1.0
 
 log = structlog.get_logger("longshore.control")
 
@@ -57,7 +58,7 @@ class Control:
         self._empty = Cell(cell)
         self._timers = Timers()
         self._reader = ResultsReader(bus, self.subjects)
-        self._started_wall = 0
+        self._unshown = Unshown()
 
     @property
     def live(self) -> bool:
@@ -76,7 +77,6 @@ class Control:
             await self.tasks.stop()
 
     async def _open(self) -> None:
-        self._started_wall = self.bus.wall()
         end = (await self.bus.ledger.usage()).last_sequence
         accepted = await self._accepted_differences()
         self.replica = Replica(Cell(self.subjects.cell), self.me, end_at_start=end, accepted=accepted)
@@ -84,6 +84,7 @@ class Control:
         self.tasks.start(self._read(reader, self.replica), "control reads")
         self.tasks.start(self._rescue(self.replica), "control rescues")
         self.tasks.start(self._tick(self.replica), "control ticks")
+        self.tasks.start(self._measure(), "control measures")
         self.tasks.start(self.watch.listen(), "watch listens")
         for verb in self.intake.verbs:
             self.tasks.start(self.intake.serve(verb, self.tasks), f"intake {verb}")
@@ -121,9 +122,13 @@ class Control:
                     steps = replica.take(record, at)
                     self._publish(replica)
                     for step in steps:
-                        self._follow(replica, step, record)
+                        self._follow(replica, step)
+                    if behind:
+                        self._unshown.read(record)
                 if behind and replica.live:
                     behind = False
+                    for payload in self._unshown.take():
+                        self.tasks.spawn(self._show(replica, payload), "show")
                     self.started.set()
                     log.info("live", position=replica.position, facts=replica.cell.facts, me=self.me)
                 if behind:
@@ -183,18 +188,17 @@ class Control:
 
     # ---- what follows from a step -------------------------------------------------------------------------------
 
-    def _follow(self, replica: Replica, step: Step, record: Record) -> None:
+    def _follow(self, replica: Replica, step: Step) -> None:
         self._timers.note(step)
         for said in step.said:
             if said.receiver == "sealer":
                 order = decode_said_body(decode_said(said.payload).body)
                 if isinstance(order, SealTokens):
                     self.tasks.spawn(self._seal(replica, order), "seal")
-            elif said.receiver == "reader" and self._is_news(replica, record):
+            elif said.receiver == "reader" and replica.live:
                 self.tasks.spawn(self._show(replica, said.payload), "show")
-
-    def _is_news(self, replica: Replica, record: Record) -> bool:
-        return replica.live or record.timestamp >= self._started_wall - SHOW_AGAIN_NS
+            elif said.receiver == "reader":
+                self._unshown.said(said.payload)
 
     async def _show(self, replica: Replica, payload: bytes) -> None:
         if not replica.leading:
@@ -222,9 +226,7 @@ class Control:
         return actor is not None and order.epoch in cast(GpuState, actor.state).sealing
 
     async def _tick(self, replica: Replica) -> None:
-        """Timers, watch and the ledger's fill, in small regular steps."""
-        loop = asyncio.get_running_loop()
-        measured = -10.0
+        """Timers and watch, in small regular steps; nothing that waits for long, or watch takes it for a stall."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             if replica.live:
@@ -233,12 +235,13 @@ class Control:
                 ):
                     self.tasks.spawn(self._fire(replica, actor, message_id, payload), "timer")
             await self.watch.look(replica.cell.order, live=replica.live)
-            if loop.time() - measured >= 1.0:
-                measured = loop.time()
-                try:
-                    await self.intake.measure()
-                except BusError:
-                    continue
+
+    async def _measure(self) -> None:
+        """The ledger's fill. The answer may take long where the server has much to do."""
+        while True:
+            with contextlib.suppress(BusError):
+                await self.intake.measure()
+            await asyncio.sleep(MEASURE_SECONDS)
 
     async def _fire(self, replica: Replica, actor: str, message_id: str, payload: bytes) -> None:
         try:

@@ -34,6 +34,9 @@ class ControlOptions:
     queue_limit: int = 1000
 
 
+RESTART_SECONDS = 1.0
+
+
 class Stopped(UserError):
     """This control must not go on; the message says why and what to do."""
 
@@ -47,6 +50,7 @@ async def run_control(options: ControlOptions) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
     stop = asyncio.ensure_future(ending.wait())
+    restarted = False
     while not ending.is_set():
         run = asyncio.ensure_future(_run_once(options))
         await asyncio.wait([run, stop], return_when=asyncio.FIRST_COMPLETED)
@@ -57,7 +61,14 @@ async def run_control(options: ControlOptions) -> None:
         except asyncio.CancelledError:
             break
         except LogChanged as error:
+            restarted = True
             log.error("the ledger changed, starting anew", reason=str(error))
+        except BusError as error:
+            # Right after such a change the server may still be on its way; at the first start it is a wrong address.
+            if not restarted:
+                raise
+            log.warning("starting anew has to wait", reason=str(error))
+            await asyncio.wait([stop], timeout=RESTART_SECONDS)
         except Difference as error:
             raise Stopped(
                 f"what stands in the ledger differs from what this control computes: {error}; look at it with "

@@ -48,7 +48,7 @@ SAMPLES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("qwen3-b", {"arch": "qwen3", "parameters": 12_000_000, "seed": 8, "tied": True}),
     ("gpt2-c", {"arch": "gpt2", "parameters": 12_000_000, "seed": 9}),
 )
-CONTEXT = 1024
+CONTEXT = 512
 WORKER_MEMORY = "150MB"
 SLOTS = 4
 SHOWN_KINDS = ("placement.decided", "instance.ready", "model.evict", "model.detach", "driver.lost", "sequences.sealed")

@@ -30,7 +30,7 @@ from bus.api import (
     parse_resume,
     reply_headers,
 )
-from bus.contract import Bus, BusError, Delivery, LogFull, NoAnswer
+from bus.contract import Appended, Bus, BusError, Delivery, LogFull, NoAnswer
 from bus.messages import (
     CancelRequested,
     FactEnvelope,
@@ -39,6 +39,7 @@ from bus.messages import (
     ModelRemoved,
     ReaderAttached,
     RequestEnded,
+    body_digest,
     encode,
     kind_of,
 )
@@ -185,32 +186,42 @@ class Intake:
 
     async def accept(self, parsed: ParsedRequest, reply: str) -> Status:
         """Append an accepted request. Raises `Refusal` where the cell has no room."""
-        known = parsed.request in self._requests().requests
+        known = self._requests().requests.get(parsed.request)
         placement = self._placement()
         limit = placement.configuration.queue_limit
-        if not known and placement.waiting >= limit:
+        if known is None and placement.waiting >= limit:
             model = placement.models.get(parsed.accepted.model)
             retry_ms = placement.retry_ms(model) if model is not None else 1000
             waiting = f"{placement.waiting} requests wait already (the limit is {limit})"
             raise Refusal("queue_full", f"{waiting}; try again in {retry_ms} ms", retry_ms=retry_ms)
-        if not known and self._full:
+        if known is None and self._full:
             full = f"the ledger is filled to {FULL_PERCENT} % of its limit"
             raise Refusal("ledger_full", f"{full}: no new requests until an operator makes room", retry_ms=60_000)
         fact = parsed.fact(reply)
-        mark = hashlib.blake2b(f"{reply} {parsed.start}".encode(), digest_size=8).hexdigest()
+        body = body_digest(fact.generation, fact.model)
+        again = known is not None and known.body == body
+        if known is not None and not again:
+            key, client = fact.key, fact.client
+            raise Refusal("key_reused", f"the key {key!r} of client {client!r} was used for another request before")
         try:
-            await self.state("requests", fact, f"fact.intake.{parsed.request}.{mark}")
+            if not again:
+                mark = hashlib.blake2b(f"{body} {reply} {parsed.start}".encode(), digest_size=8).hexdigest()
+                appended = await self.state("requests", fact, f"fact.intake.{parsed.request}.{mark}")
+                again = appended.duplicate
+            if again and fact.reply is not None:
+                # The request stands in the ledger; whoever repeats it wants to be shown what there is.
+                await self.state("requests", ReaderAttached(parsed.request, fact.reply), "")
         except NoAnswer:
             return unknown(parsed.request, "the ledger did not answer in time: repeat with the same key", retry_ms=1000)
         except LogFull:
             raise Refusal("ledger_full", "the ledger is full: no new requests until an operator makes room") from None
         return accepted(parsed.request)
 
-    async def state(self, actor: str, message: Message, message_id: str) -> None:
+    async def state(self, actor: str, message: Message, message_id: str) -> Appended:
         """Append a fact under intake's name."""
         payload = encode(FactEnvelope("intake", msgspec.Raw(encode(message))))
         subject = self._subjects.fact(actor, kind_of(message))
-        await self._bus.ledger.append(subject, payload, message_id=message_id, publisher=self._me)
+        return await self._bus.ledger.append(subject, payload, message_id=message_id, publisher=self._me)
 
     async def _cancel(self, delivery: Delivery) -> Answer:
         request = await self._known(delivery)

@@ -137,10 +137,14 @@ async def list_models(
 
     Example: longshore model list --json
     """
+    from bus.answer import RequestFailed
     from bus.client import Client
 
-    async with connected(nats, cell) as bus:
-        models = [model for model in await Client(bus, cell).models() if not model["removed"]]
+    try:
+        async with connected(nats, cell) as bus:
+            models = [model for model in await Client(bus, cell).models() if not model["removed"]]
+    except RequestFailed as failure:
+        raise Failure(failure.message) from None
     if json:
         print(json_module.dumps(models))
         return

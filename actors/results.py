@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, cast
 
-from bus.contract import Bus, BusError
+from bus.contract import Bus, BusError, NoAnswer
 from bus.messages import Message, ReaderRefused, ReplyTo, RequestEnded, ShowPositions, Span
 from bus.pages import Page, decode_page
 from bus.replies import (
@@ -27,7 +27,10 @@ from bus.replies import (
 from bus.subjects import Subjects
 
 PAGE_SECONDS = 2.0
-"""How long to wait for the next page of a span: they are all durable, so longer means that they are gone."""
+"""How long to wait for the next page of a span before asking whether it is gone."""
+
+PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+"""Between attempts to read what is to be shown. After the last one, its readers have to ask."""
 
 CHUNK_TOKENS = 512
 REPLY_LIMIT_BYTES = 1_000_000
@@ -39,7 +42,7 @@ class PagesGone(Exception):
 
 
 async def read_span(bus: Bus, subjects: Subjects, request: str, span: Span) -> list[tuple[int, int, str]]:
-    """(position, token, text) of one attempt, in order. Raises `PagesGone`."""
+    """(position, token, text) of one attempt, in order. Raises `PagesGone`, and `BusError` where nobody answers."""
     found: dict[int, tuple[int, str]] = {}
     reader = await bus.tokens.read([subjects.tokens(span.worker, span.epoch)], start=span.first_page)
     try:
@@ -54,7 +57,11 @@ async def read_span(bus: Bus, subjects: Subjects, request: str, span: Span) -> l
                     if sequence.request == request and sequence.attempt == span.attempt:
                         for offset, token in enumerate(sequence.tokens):
                             found[sequence.position + offset] = (token, sequence.texts[offset])
-    except (TimeoutError, ValueError):
+    except TimeoutError:
+        if await bus.tokens.get(span.last_page) is None:
+            raise PagesGone from None
+        raise NoAnswer(f"page {span.last_page} of {span.worker} is there and did not come in time") from None
+    except ValueError:
         raise PagesGone from None
     finally:
         await reader.close()
@@ -80,7 +87,7 @@ class ResultsReader:
         self._subjects = subjects
 
     async def show(self, message: Message) -> None:
-        """Show what the cell said to the reader. Never raises for what is gone or a bus that is away."""
+        """Show what the cell said to the reader. Never raises for what is gone or a bus that is away for long."""
         try:
             if isinstance(message, RequestEnded) and message.replies:
                 await self._ended(message)
@@ -96,7 +103,7 @@ class ResultsReader:
         if not replies:
             return
         try:
-            positions = await read_spans(self._bus, self._subjects, message.request, message.spans)
+            positions = await self._patiently(message.request, message.spans)
         except PagesGone:
             return
         for reply in replies:
@@ -107,7 +114,7 @@ class ResultsReader:
         error = error_of(message)
         positions: list[tuple[int, int, str]] = []
         try:
-            positions = await read_spans(self._bus, self._subjects, message.request, message.spans)
+            positions = await self._patiently(message.request, message.spans)
         except PagesGone:
             error = ErrorBody("expired", f"the tokens of request {message.request} are no longer kept")
         usage = TokenCounts(message.prompt_tokens, message.positions)
@@ -124,6 +131,15 @@ class ResultsReader:
             await self._publish(reply, closing)
             if not reply.single:
                 await self._bus.publish(reply.subject, b"")
+
+    async def _patiently(self, request: str, spans: tuple[Span, ...]) -> list[tuple[int, int, str]]:
+        """All positions of some spans, over an outage. Raises `PagesGone`, and `BusError` after the last attempt."""
+        for pause in PAUSES_SECONDS:
+            try:
+                return await read_spans(self._bus, self._subjects, request, spans)
+            except BusError:
+                await asyncio.sleep(pause)
+        return await read_spans(self._bus, self._subjects, request, spans)
 
     async def _refused(self, message: ReaderRefused) -> None:
         refusal = Refusal(message.code, message.reason)

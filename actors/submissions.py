@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 
 from actors.intake import Intake
-from bus.api import Refusal, encode_reply
+from bus.api import Refusal, encode_reply, parse_key
 from bus.contract import BusError
 from bus.jetstream import JetStreamBus
 from bus.subjects import Subjects
@@ -62,8 +62,9 @@ async def _take(bus: JetStreamBus, subjects: Subjects, intake: Intake) -> None:
 
 async def _submit(message: Any, bus: JetStreamBus, intake: Intake, subjects: Subjects) -> None:
     key = f"submit:{message.metadata.sequence.stream}"
+    headers = dict(message.headers or {})
     try:
-        parsed = intake.parse(message.subject, message.data, dict(message.headers or {}), default_key=key)
+        parsed = intake.parse(message.subject, message.data, headers, default_key=key)
         status = await intake.accept(parsed, "")
         if status.status == "accepted":
             await message.ack()
@@ -73,6 +74,7 @@ async def _submit(message: Any, bus: JetStreamBus, intake: Intake, subjects: Sub
         if refusal.code in (429, 503):
             await message.nak(delay=max(RETRY_SECONDS, refusal.retry_ms / 1000))
             return
+        key = parse_key(message.data, headers.get("Content-Type")) or key
         log.warning("submission refused", subject=message.subject, key=key, reason=refusal.message)
         token = subjects.last_token(message.subject)
         body = encode_reply({"key": key, "stream_sequence": message.metadata.sequence.stream, **_error(refusal)})

@@ -45,7 +45,7 @@ class Watch:
         self._looked = 0.0
 
     async def listen(self) -> None:
-        """Take heartbeats for ever."""
+        """Take heartbeats for ever: those of epochs that `look` has seen open. Others do not count as life."""
         subscription = await self._bus.subscribe(self._subjects.heartbeats())
         loop = asyncio.get_running_loop()
         try:
@@ -55,7 +55,8 @@ class Watch:
                     beat = _heartbeat.decode(delivery.payload)
                 except (msgspec.DecodeError, ValueError):
                     continue
-                self._heard[beat.driver] = (beat.epoch, loop.time())
+                if self._heard.get(beat.driver, (0, 0.0))[0] == beat.epoch:
+                    self._heard[beat.driver] = (beat.epoch, loop.time())
         finally:
             await subscription.close()
 
@@ -69,12 +70,19 @@ class Watch:
             self._heard = {driver: (epoch.epoch, now) for driver, epoch in order.state.drivers.items()}
             self._holes.clear()
             return
-        for driver, epoch in list(order.state.drivers.items()):
-            heard, since = self._heard.get(driver, (0, 0.0))
-            if heard != epoch.epoch:
-                self._heard[driver] = (epoch.epoch, now)
-            elif now - since > self._silence:
-                await self._lost(driver, epoch.epoch, f"no heartbeat for {self._silence:g} s", now)
+        heard = {}
+        for driver, epoch in order.state.drivers.items():
+            known, since = self._heard.get(driver, (0, now))
+            heard[driver] = (epoch.epoch, since if known == epoch.epoch else now)
+        self._heard = heard
+        self._stated = {
+            (driver, epoch): at
+            for (driver, epoch), at in self._stated.items()
+            if heard.get(driver, (0, now))[0] == epoch
+        }
+        for driver, (number, since) in list(heard.items()):
+            if now - since > self._silence:
+                await self._lost(driver, number, f"no heartbeat for {self._silence:g} s", now)
         troubles = order.troubles()
         holes = {}
         for trouble in troubles:
@@ -100,4 +108,4 @@ class Watch:
                 publisher=self._me,
             )
         except BusError:
-            del self._stated[(driver, epoch)]
+            self._stated.pop((driver, epoch), None)

@@ -49,6 +49,8 @@ from models.contract import NO_TOKEN, AdmissionRefused, Engine, Sampling, Sequen
 
 PROGRESS_SECONDS = 1.0
 PROGRESS_LIMIT = 256
+READERS_LIMIT = 64
+"""Readers of one sequence; the oldest makes room, as in the cell."""
 KEEPALIVE_SECONDS = 300.0
 """An idle writer appends an empty page this often: the last page of its subject must not expire, it is the fence."""
 
@@ -191,6 +193,7 @@ class _Work:
             subject = message.reply.subject
             sequence.readers = [known for known in sequence.readers if known.reply.subject != subject]
             sequence.readers.append(_reader(message.reply))
+            del sequence.readers[:-READERS_LIMIT]
             self._show_soon(sequence)
         added = ReaderAdded(message.request, message.attempt, sequence is not None, message.reply)
         self._epoch.state(added, answers=number)

@@ -307,10 +307,20 @@ def parse_request_id(token: str) -> str:
 
 def parse_model(payload: bytes, content_type: str | None) -> str:
     """The model that the body of `admin.model.add` or `admin.model.remove` names."""
-    model = _fields(payload, encoding_of(content_type), _MODEL).get("model")
+    encoding = encoding_of(content_type)
+    model = _fields(payload, encoding, _MODEL).get("model") if payload else None
     if model is None:
         raise bad("model is missing: name the model")
     return str(model)
+
+
+def parse_key(payload: bytes, content_type: str | None) -> str:
+    """The key that a body names, whatever else is wrong with it; empty where it has none that is valid."""
+    try:
+        body = _decode(payload, encoding_of(content_type))
+        return _name("key", body["key"])
+    except (Refusal, LookupError, TypeError):
+        return ""
 
 
 __all__ = [
@@ -329,6 +339,7 @@ __all__ = [
     "encode_reply",
     "encoding_of",
     "parse_infer",
+    "parse_key",
     "parse_model",
     "parse_request_id",
     "parse_resume",

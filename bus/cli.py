@@ -59,6 +59,7 @@ async def tail(
     show = _json_line if as_json else _sentence_line()
     async with connected(nats, cell) as bus:
         subjects = Subjects(cell)
+        request = request.rstrip("…")  # as sentences show it
         usage = await bus.ledger.usage()
         whole = bool(request or kind) or not follow
         start = since if since is not None else (1 if whole else usage.last_sequence - RECENT_EVENTS + 1)
@@ -142,7 +143,7 @@ async def record(
 ) -> None:
     """Write the ledger and all tokens, up to now, to one file that `longshore replay` reads without NATS.
 
-    Example: longshore record incident.longrec
+    Example: longshore record incident.lsrec
     """
     import msgspec
 

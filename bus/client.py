@@ -89,11 +89,13 @@ class Client:
 
         With `cancel_on_close` an answer that is left early (closed, or its task cancelled) is cancelled in the cell.
         """
-        key = key or secrets.token_hex(16)
+        key = secrets.token_hex(16) if key is None else key
+        if not model:
+            raise RequestFailed("unknown_model", "the name of the model is empty")
         body = self._fields(fields, prompt=prompt, key=key)
+        self._encode(body)
         request = request_id(body["client"], key)
         first = Question(self._subjects.infer(model), lambda at: self._encode(body | {"from": at}), self._headers)
-        self._encode(body)
         return self._answer(request, first, start, cancel_on_close)
 
     def resume(self, request: str, start: int = 0, *, cancel_on_close: bool = False) -> Answer:
@@ -127,7 +129,7 @@ class Client:
 
         Returns once the request is stored. What the contract refuses raises `RequestFailed` before anything is sent.
         """
-        key = key or secrets.token_hex(16)
+        key = secrets.token_hex(16) if key is None else key
         body = self._fields(fields, prompt=prompt, key=key)
         payload = self._encode(body)
         try:
@@ -208,7 +210,10 @@ class Client:
         return body
 
     def _encode(self, body: dict[str, Any]) -> bytes:
-        payload = encode_reply(body, self._encoding)
+        try:
+            payload = encode_reply(body, self._encoding)
+        except UnicodeEncodeError:
+            raise RequestFailed("bad_request", "the request has a text that is not valid Unicode") from None
         if len(payload) > OUTPUT_LIMIT_BYTES:
             raise RequestFailed(
                 "too_large", f"the request has {len(payload)} bytes, at most {OUTPUT_LIMIT_BYTES} are taken"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import Callable
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -42,6 +43,11 @@ def _is_address(url: str) -> bool:
         return parts.scheme in ("nats", "tls", "ws", "wss") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
+
+
+def _without_credentials(url: str) -> str:
+    """What may stand in logs and sentences."""
+    return re.sub(r"(?<=//).*@|^(?!.*//).*@", "", url)
 
 
 class Listener(Protocol):
@@ -75,8 +81,9 @@ class Connection(Client):
         `options` go to `nats.connect` (user, password, tls, ...).
         """
         if not _is_address(url):
-            raise Unreachable(f"{url!r} is no address of a NATS server: write nats://host:port")
+            raise Unreachable(f"{_without_credentials(url)!r} is no address of a NATS server: write nats://host:port")
         connection = cls()
+        address, url = url, _without_credentials(url)
         connection.url = url
         refusal = ""
 
@@ -98,7 +105,7 @@ class Connection(Client):
             "closed_cb": connection._was_closed,
         } | options
         try:
-            await asyncio.wait_for(connection.connect(url, **settings), CONNECT_SECONDS)
+            await asyncio.wait_for(connection.connect(address, **settings), CONNECT_SECONDS)
         except Exception as error:
             with contextlib.suppress(Exception):
                 await connection.close()
