@@ -27,12 +27,13 @@ ModelArgument = Annotated[str, typer.Argument(metavar="NAME", help="The model's 
 
 
 def _check_name(name: str) -> str:
-    if (
-        not 1 <= len(name) <= MODEL_NAME_LIMIT
-        or any(not c.isprintable() for c in name)
-        or len(escape_model(name)) > 200
-    ):
+    if not 1 <= len(name) <= MODEL_NAME_LIMIT or not name.isprintable():
         raise UserError(f"{name!r} is no name of a model: use 1 to {MODEL_NAME_LIMIT} printable characters")
+    if (length := len(escape_model(name))) > MODEL_NAME_LIMIT:
+        raise UserError(
+            f"{name!r} takes {length} characters as a subject token ({escape_model(name)[:12]}…): "
+            f"use a shorter name, at most {MODEL_NAME_LIMIT}"
+        )
     return name
 
 

@@ -235,7 +235,8 @@ class Store(Actor):
         if model is None or not model.deleting:
             return []
         del self.state.models[message.model]
-        return self.on_ModelFound(ModelFound(model.newer), now) if model.newer is not None else []
+        # Something was found meanwhile, before or after the deletion: only another look can tell.
+        return [To(self._driver, FindModel(message.model))] if model.newer is not None and self.state.epoch else []
 
     # ---- what they have in common -----------------------------------------------------------------------------
 
@@ -281,7 +282,7 @@ class Store(Actor):
             said += self._evict(name, "the model is being removed") if model.tier == "dram" else []
             model.deleting = True
             said += [
-                To(self._driver, DeleteModel(name)),
+                To(self._driver, DeleteModel(name, model.card.digest)),
                 To("placement", ModelGone(self.state.server, name)),
             ]
         return said

@@ -86,6 +86,9 @@ class StoreDriver:
         try:
             if isinstance(message, FindModel):
                 return ModelFound(await self._storage.find(message.model))
+            found = await self._storage.find(message.model)
+            if message.digest and found.digest != message.digest:
+                return ModelMissing(message.model, "other weights of this name lie there by now")
             await self._storage.delete(message.model)
             return ModelDeleted(message.model)
         except StorageFailed as failed:

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from bus.errors import UserError
+
 _UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 
 
@@ -62,8 +64,7 @@ def sample(
             tied=tied,
         )
     except ModelError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from error
+        raise UserError(str(error)) from error
     if as_json:
         typer.echo(json.dumps(asdict(made) | {"directory": str(made.directory)}))
         return
@@ -110,8 +111,7 @@ def bench_engine(
             progress=lambda doing: typer.echo(doing, err=True),
         )
     except ModelError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from error
+        raise UserError(str(error)) from error
     if as_json:
         typer.echo(json.dumps(figures.to_dict()))
         return

@@ -105,9 +105,13 @@ class ModelMissing(Message, frozen=True, tag="model.missing"):
 
 
 class DeleteModel(Message, frozen=True, tag="model.delete"):
-    """Effect: delete the packed checkpoint from this server. Answer: model.deleted, model.missing."""
+    """Effect: delete the packed checkpoint of this digest from this server. Answer: model.deleted, model.missing.
+
+    Missing also means that other weights lie there by now: those are not meant.
+    """
 
     model: Name
+    digest: Annotated[str, Meta(max_length=128)] = ""
 
 
 class ModelDeleted(Message, frozen=True, tag="model.deleted"):

@@ -57,7 +57,9 @@ async def test_a_model_is_found_loaded_evicted_and_deleted(models: Path) -> None
     started = await driver.open()
     assert isinstance(started, StoreStarted)
     assert started.models[0].tier == "ssd"
-    assert await driver._obey(DeleteModel(card.model)) == ModelDeleted(card.model)
+    kept = await driver._obey(DeleteModel(card.model, "another digest"))
+    assert isinstance(kept, ModelMissing) and "other weights" in kept.reason
+    assert await driver._obey(DeleteModel(card.model, card.digest)) == ModelDeleted(card.model)
     assert list(models.iterdir()) == []
     assert isinstance(await driver._obey(FindModel(card.model)), ModelMissing)
     assert isinstance(await driver._obey(DeleteModel(card.model)), ModelMissing)

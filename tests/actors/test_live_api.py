@@ -159,8 +159,8 @@ async def one_key_one_answer(cell: LiveCell) -> None:
     assert tokens[0] == tokens[1] and len(tokens[0]) == 4
     assert first[0].request == second[0].request == request_id("shop", "order-7")
     other = await replies(cell, SUBJECTS.infer(MODEL), body | {"prompt": "another"})
-    refused = [one for one in other if isinstance(one, Status) and one.status == "refused"]
-    assert refused and refused[0].error is not None and refused[0].error.code == "key_reused"
+    refused, headers = other
+    assert refused.error.code == "key_reused" and headers["Nats-Service-Error-Code"] == "409"
 
 
 async def submitted(cell: LiveCell) -> None:
@@ -177,6 +177,11 @@ async def submitted(cell: LiveCell) -> None:
     async with asyncio.timeout(10):
         told = await refused.next()
     assert b"must not be empty" in told.payload
+    for body, code in ((b'{"prompt":"another","key":"s-1"}', b"key_reused"), (b'{"key":"s-2"}', b"bad_request")):
+        await cell.bus.request(SUBJECTS.submit(MODEL), body)
+        async with asyncio.timeout(10):
+            told = await refused.next()
+        assert code in told.payload and json.loads(told.payload)["key"] == json.loads(body)["key"]
 
 
 async def services_api(cell: LiveCell) -> None:

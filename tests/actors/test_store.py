@@ -168,7 +168,7 @@ def test_a_lost_driver_refuses_who_waits_keeps_leases_and_grants_nothing() -> No
     again = store.handle(StoreStarted("s", 100, (held("a"), held("b")), sequence=9), 3)
     assert again == [
         placement(ServerReady("s", 100, (held("a", "dram"), held("b")))),
-        driver(DeleteModel("b")),
+        driver(DeleteModel("b", "d-b")),
         placement(ModelGone("s", "b")),
     ], "the leased one is in DRAM still, the dropped one is deleted now"
     assert store.state.models["a"].leases == {W0: True}
@@ -241,13 +241,13 @@ def test_dropping_waits_for_leases_and_loads() -> None:
     assert store.handle(LeaseReturned(W0, "a"), 3) == [
         driver(EvictModel("a", "the model is being removed")),
         placement(ModelHeld("s", card("a"), "ssd")),
-        driver(DeleteModel("a")),
+        driver(DeleteModel("a", "d-a")),
         placement(ModelGone("s", "a")),
     ]
     assert store.handle(LeaseReturned(W0, "a"), 3) == [], "it is deleted once"
     assert store.handle(ModelDeleted("a"), 4) == [] and store.handle(LeaseReturned(W0, "a"), 4) == []
     store.handle(ModelLoaded("b", 40, 1), 5)
-    assert store.handle(LeaseReturned(W0, "b"), 5)[-2] == driver(DeleteModel("b"))
+    assert store.handle(LeaseReturned(W0, "b"), 5)[-2] == driver(DeleteModel("b", "d-b"))
     assert store.handle(ModelMissing("b", "gone already"), 6) == [] and not store.state.models
 
 
@@ -260,12 +260,14 @@ def test_a_model_added_again_is_kept_and_one_being_deleted_comes_back_after_it()
     assert store.state.models["a"].dropping, "only who adds the model again undoes its removal"
     store.handle(LookForModel("a"), 2)
     assert store.handle(LeaseReturned(W0, "a"), 3) == []
-    assert store.handle(DropModel("a"), 4)[-2] == driver(DeleteModel("a"))
+    assert store.handle(DropModel("a"), 4)[-2] == driver(DeleteModel("a", "d-a"))
     assert store.handle(LookForModel("a"), 5) == [driver(FindModel("a"))]
     (refused,) = lease(store, W0, "a")
     assert isinstance(refused.message, LeaseRefused)
     assert store.handle(ModelFound(card("a", digest="new")), 6) == []
-    assert store.handle(ModelDeleted("a"), 7) == [placement(ModelHeld("s", card("a", digest="new"), "ssd"))]
+    assert store.handle(ModelDeleted("a"), 7) == [driver(FindModel("a"))], "found before or after? look again"
+    found = store.handle(ModelFound(card("a", digest="new")), 8)
+    assert found == [placement(ModelHeld("s", card("a", digest="new"), "ssd"))]
 
 
 def test_a_lease_returned_before_it_was_granted_tells_placement_that_nothing_comes() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bus.api import _INFER, ParsedRequest, Refusal, parse_infer, parse_model, parse_request_id, parse_resume
+from bus.api import _INFER, ParsedRequest, Refusal, parse_infer, parse_key, parse_model, parse_request_id, parse_resume
 from bus.messages import OUTPUT_LIMIT_BYTES, encode, request_id
 from bus.messages.requests import ReplyTo, RequestAccepted
 from bus.replies import (
@@ -212,6 +212,16 @@ def test_models_are_named_in_admin_requests() -> None:
     assert parse_model(b'{"model":"a"}', None) == "a"
     with pytest.raises(Refusal, match="model is missing"):
         parse_model(b"{}", None)
+    with pytest.raises(Refusal, match="model is missing: name the model"):
+        parse_model(b"", None)
+
+
+def test_a_key_is_read_from_a_body_that_is_wrong_otherwise() -> None:
+    assert parse_key(b'{"key":"k","zzz":1}', None) == "k"
+    assert parse_key(msgspec.msgpack.encode({"key": "k"}), "application/msgpack") == "k"
+    for body in (b"", b"junk", b"[]", b"3", b'"key"', b"{}", b'{"key":3}', b'{"key":""}', b'{"key":null}'):
+        assert parse_key(body, None) == ""
+    assert parse_key(b'{"key":"k"}', "text/plain") == ""
 
 
 @pytest.mark.parametrize("encoding", ["json", "msgpack"])

@@ -190,6 +190,10 @@ def test_ask_tells_refusals(nats_server: EmbeddedServer, capsys: pytest.CaptureF
     with fake_cell(nats_server.url, "refused") as fake:
         assert run("ask", "llama-a", "", *options) == 2
         assert capsys.readouterr().err == "longshore: prompt must not be empty\n"
+        assert run("ask", "", "hello", *options) == 2
+        assert capsys.readouterr().err == "longshore: the name of the model is empty\n"
+        assert run("ask", "llama-a", "\udcff", *options) == 2
+        assert capsys.readouterr().err == "longshore: the request has a text that is not valid Unicode\n"
         fake.first_word = "refused"
         assert run("ask", "llama-a", "hello", "--json", *options) == 1
         told = capsys.readouterr()
