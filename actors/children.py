@@ -24,6 +24,7 @@ class Child:
         self.arguments = arguments
         self.log = log
         self.process: asyncio.subprocess.Process | None = None
+        self._log_start = 0
 
     @property
     def pid(self) -> int:
@@ -31,6 +32,7 @@ class Child:
 
     async def start(self) -> None:
         with self.log.open("ab") as output:
+            self._log_start = output.tell()
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
@@ -64,9 +66,9 @@ class Child:
             await self.process.wait()
 
     def last_words(self, lines: int = 5) -> str:
-        """The end of its log, for a sentence that says why it is gone."""
+        """The end of its log since its start, for a sentence that says why it is gone."""
         try:
-            text = self.log.read_text(errors="replace")
+            text = self.log.read_bytes()[self._log_start :].decode(errors="replace")
         except OSError:
             return ""
         return "\n".join(text.splitlines()[-lines:])

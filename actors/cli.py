@@ -78,11 +78,15 @@ def up(
 
     Example: longshore up --nodes 2 --workers 2 --data ./data
     """
+    from actors.sizes import parse_size
     from actors.up import UpOptions
 
     check_cell_name(cell)
     if device not in ("cpu", "cuda"):
         raise UserError(f"--device {device!r}: use cpu or cuda")
+    for size, option in ((memory, "--memory"), (dram, "--dram")):
+        if size:
+            parse_size(size, option)
     options = UpOptions(
         data=data.absolute(),
         cell=cell,

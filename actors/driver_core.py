@@ -141,7 +141,7 @@ class DriverCore:
                 self._read_fact(record, subject)
             elif isinstance(subject, SaidSubject) and subject.receiver == f"driver/{self.name}":
                 self._read_said(record, subject)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, ValueError, RecursionError):
             return  # not ours: nobody but the cell and its drivers writes what counts here
 
     def _read_fact(self, record: Record, subject: FactSubject) -> None:

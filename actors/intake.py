@@ -30,7 +30,7 @@ from bus.api import (
     parse_resume,
     reply_headers,
 )
-from bus.contract import Appended, Bus, BusError, Delivery, LogFull, NoAnswer
+from bus.contract import Appended, Bus, BusError, Delivery, LogFull, NoAnswer, Usage
 from bus.messages import (
     CancelRequested,
     FactEnvelope,
@@ -50,6 +50,8 @@ from bus.tasks import Tasks
 QUEUE_GROUP = "intake"
 FULL_PERCENT = 80
 """New requests are refused from this share of the ledger's limit on; the rest is for what must be said."""
+REPEATS_PERCENT = 90
+"""From this share on, repeats and readers that come back are refused, too: each is a fact, and leads to more."""
 
 UNDERWAY_LIMIT = 2000
 """Messages handled at once. What comes beyond that is refused at once: nothing piles up while the bus is away."""
@@ -71,7 +73,8 @@ class Intake:
         self._cell = cell
         self._live = live
         self._results = ResultsReader(bus, subjects)
-        self._full = False
+        self._percent = 0
+        self._tokens_percent = 0
         self.counts: dict[str, int] = {"requests": 0, "errors": 0}
         self._verbs: dict[str, Callable[[Delivery], Awaitable[Answer]]] = {
             "infer": self._infer,
@@ -104,9 +107,9 @@ class Intake:
             await subscription.close()
 
     async def measure(self) -> None:
-        """Look how full the ledger is. Call it about once a second."""
-        usage = await self._bus.ledger.usage()
-        self._full = usage.limit_bytes > 0 and usage.stored_bytes * 100 >= usage.limit_bytes * FULL_PERCENT
+        """Look how full the streams are. Call it about once a second."""
+        self._percent = _percent(await self._bus.ledger.usage())
+        self._tokens_percent = _percent(await self._bus.tokens.usage())
 
     async def _handle(self, verb: Callable[[Delivery], Awaitable[Answer]], delivery: Delivery) -> None:
         self.counts["requests"] += 1
@@ -194,9 +197,14 @@ class Intake:
             retry_ms = placement.retry_ms(model) if model is not None else 1000
             waiting = f"{placement.waiting} requests wait already (the limit is {limit})"
             raise Refusal("queue_full", f"{waiting}; try again in {retry_ms} ms", retry_ms=retry_ms)
-        if known is None and self._full:
+        if known is None and self._percent >= FULL_PERCENT:
             full = f"the ledger is filled to {FULL_PERCENT} % of its limit"
             raise Refusal("ledger_full", f"{full}: no new requests until an operator makes room", retry_ms=60_000)
+        if known is None and self._tokens_percent >= FULL_PERCENT:
+            # A worker whose pages find no room stops with all that it holds, until old ones expire.
+            full = f"the stream of tokens is filled to {FULL_PERCENT} % of its limit"
+            raise Refusal("ledger_full", f"{full}: no new requests until old answers expire", retry_ms=60_000)
+        self._refuse_repeats()
         fact = parsed.fact(reply)
         body = body_digest(fact.generation, fact.model)
         again = known is not None and known.body == body
@@ -234,8 +242,14 @@ class Intake:
         parsed = parse_resume(delivery.payload, delivery.headers.get("Content-Type"))
         if not delivery.reply:
             raise Refusal("bad_request", "resume needs a reply subject")
+        self._refuse_repeats()
         await self._stated("requests", ReaderAttached(request, parsed.reply_to(delivery.reply)), "")
         return accepted(request) if parsed.stream else None
+
+    def _refuse_repeats(self) -> None:
+        if self._percent >= REPEATS_PERCENT:
+            full = f"the ledger is filled to {REPEATS_PERCENT} % of its limit"
+            raise Refusal("ledger_full", f"{full}: ask for the result instead, or come again later", retry_ms=60_000)
 
     async def _stated(self, actor: str, message: Message, message_id: str) -> None:
         try:
@@ -365,3 +379,7 @@ class Intake:
     def _placement(self) -> PlacementState:
         actor = self._cell().actors.get("placement")
         return cast(PlacementState, actor.state) if actor is not None else PlacementState()
+
+
+def _percent(usage: Usage) -> int:
+    return usage.stored_bytes * 100 // usage.limit_bytes if usage.limit_bytes else 0

@@ -103,12 +103,17 @@ async def _tell(nats: str, cell: str, name: str, digest: str) -> bool:
                 client, lambda models: any(m["model"] == name and m["digest"] == digest for m in models), 10.0
             ):
                 return True
+            if any(m["model"] == name and m["instances"] for m in await client.models()):
+                raise Failure(
+                    f"{name} is packed, but a worker still runs what was there before, and new requests get that: "
+                    f"`longshore model rm {name}`, then add it again"
+                )
             raise Failure(
                 f"the cell did not find {name}: its nodes look in the models directory of their own --data; "
                 "pack it there, or start a node with this --data"
             )
     except (Failure, BusError) as error:
-        if "did not find" in str(error):
+        if "did not find" in str(error) or "is packed, but" in str(error):
             raise
         return False
     except Exception as error:

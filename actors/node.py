@@ -19,7 +19,7 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
-from actors.driver import DriverShell
+from actors.driver import HEARTBEAT_SECONDS, DriverShell
 from actors.local_storage import DEFAULT_CONTEXT, LocalStorage
 from actors.store_driver import StoreDriver
 from actors.worker_settings import WorkerSettings, start_worker
@@ -82,6 +82,11 @@ async def run_node(options: NodeOptions) -> None:
     driver = StoreDriver(options.server, dram_bytes=options.dram_bytes, storage=storage, process=os.getpid())
     shell = DriverShell(bus, bus.subjects, driver, boot=lambda: secrets.token_hex(8))
     context = _context()
+    try:
+        await _first_of_its_name(bus, options.server)
+    except BaseException:
+        await bus.close()
+        raise
     workers = [WorkerProcess(context, worker_settings(options, index)) for index in range(options.workers)]
     tasks = Tasks()
     try:
@@ -115,6 +120,25 @@ def _take_server(options: NodeOptions) -> int:
     return lock
 
 
+async def _first_of_its_name(bus: JetStreamBus, server: str) -> None:
+    """Raises `UserError` where a node of this name is alive: who comes second must not disturb it."""
+    heartbeats = await bus.subscribe(bus.subjects.heartbeat(f"store/{server}"))
+    try:
+        async with asyncio.timeout(3 * HEARTBEAT_SECONDS):
+            await heartbeats.next()
+    except TimeoutError:
+        return
+    finally:
+        await heartbeats.close()
+    raise _second(server)
+
+
+def _second(server: str) -> UserError:
+    return UserError(
+        f"another node of this cell calls itself {server}, too: stop it, or give this one another --server"
+    )
+
+
 async def _alone(shell: DriverShell, server: str) -> None:
     """Raises `UserError` where a second node keeps starting under the same name elsewhere."""
     while True:
@@ -122,9 +146,7 @@ async def _alone(shell: DriverShell, server: str) -> None:
         for _ in range(int(REPLACED_SECONDS)):
             await asyncio.sleep(1)
             if shell.replaced - before >= REPLACED_LIMIT:
-                raise UserError(
-                    f"another node of this cell calls itself {server}, too: stop it, or give this one another --server"
-                )
+                raise _second(server)
 
 
 def worker_settings(options: NodeOptions, index: int) -> WorkerSettings:

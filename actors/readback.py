@@ -92,9 +92,12 @@ class Readback:
         """A repeat, a difference that was accepted, or a difference."""
         try:
             envelope = decode_said(record.payload)
-        except (msgspec.DecodeError, ValueError) as error:
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
+            # It has no id of its own. Its place in the ledger stands for one, so that an operator can accept it.
+            if (record.sequence, 0) in self._accepted:
+                return None
             raise Difference(
-                record.sequence, 0, 0, record.subject, "envelope", str(error), "a derived message"
+                record.sequence, record.sequence, 0, record.subject, "envelope", str(error), "a derived message"
             ) from None
         key = (envelope.fact, envelope.index)
         step = self._steps.get(envelope.fact)
@@ -158,7 +161,7 @@ def accepted_differences(record: Record) -> tuple[int, int] | None:
         return None
     try:
         message = decode_fact_body(decode_fact(record.payload).body)
-    except (msgspec.DecodeError, ValueError):
+    except (msgspec.DecodeError, ValueError, RecursionError):
         return None
     return (message.fact, message.index) if isinstance(message, DifferenceAccepted) else None
 

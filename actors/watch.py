@@ -53,7 +53,7 @@ class Watch:
                 delivery = await subscription.next()
                 try:
                     beat = _heartbeat.decode(delivery.payload)
-                except (msgspec.DecodeError, ValueError):
+                except (msgspec.DecodeError, ValueError, RecursionError):
                     continue
                 if self._heard.get(beat.driver, (0, 0.0))[0] == beat.epoch:
                     self._heard[beat.driver] = (beat.epoch, loop.time())

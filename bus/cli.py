@@ -268,6 +268,7 @@ def _told(failure: Any, as_json: bool) -> UserError:
             {"retry_ms": failure.retry_ms} if failure.retry_ms else {}
         )
         print(json.dumps({"error": body}), flush=True)
-    again = f"; come again in {failure.retry_ms} ms" if failure.retry_ms else ""
+    said = not failure.retry_ms or f"{failure.retry_ms} ms" in failure.message
+    again = "" if said else f"; come again in {failure.retry_ms} ms"
     kind = UserError if failure.code in ("bad_request", "too_large", "unknown_model", "key_reused") else Failure
     return kind(f"{failure.message}{again}")

@@ -177,7 +177,10 @@ async def submitted(cell: LiveCell) -> None:
     async with asyncio.timeout(10):
         told = await refused.next()
     assert b"must not be empty" in told.payload
-    for body, code in ((b'{"prompt":"another","key":"s-1"}', b"key_reused"), (b'{"key":"s-2"}', b"bad_request")):
+    for body, code in (
+        (b'{"prompt":"another","client":"test","key":"s-1"}', b"key_reused"),
+        (b'{"key":"s-2"}', b"bad_request"),
+    ):
         await cell.bus.request(SUBJECTS.submit(MODEL), body)
         async with asyncio.timeout(10):
             told = await refused.next()

@@ -91,12 +91,18 @@ async def gone(descriptor: int) -> None:
         os.close(descriptor)
 
 
+SECOND = "another node of this cell calls itself s1, too: stop it, or give this one another --server"
+
+
 @pytest.mark.slow
 async def test_a_node_answers_restarts_its_worker_and_ends_cleanly(
     nats_server: EmbeddedServer, data: Path, tmp_path: Path
 ) -> None:
     async with node(nats_server, data, tmp_path / "log") as here:
         first = await here.worker()
+        options = ["--nats", nats_server.url, "--cell", here.bus.subjects.cell, "--data", str(tmp_path / "other")]
+        code, error = await asyncio.to_thread(complaint, *options, "--server", "s1")
+        assert (code, error) == (2, f"longshore: {SECOND}")
         undisturbed = [token for chunk in await (await ask(here, "r1")).all() for token in chunk.tokens]
         assert len(undisturbed) == 20
         assert len(set(undisturbed)) > 3

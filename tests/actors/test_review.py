@@ -16,6 +16,7 @@ from virtual_loop import run_virtual
 
 from actors.control import Control
 from actors.driver import DriverShell
+from actors.readback import Difference
 from actors.results import PAGE_SECONDS
 from actors.store_driver import StoreDriver
 from actors.stub_runtime import StubRuntime
@@ -29,6 +30,7 @@ from bus.memory import MemoryBus, MemoryServer
 from bus.memory_faults import NoFaults
 from bus.messages import (
     CancelRequested,
+    DifferenceAccepted,
     DriverLost,
     FactEnvelope,
     Generation,
@@ -40,6 +42,7 @@ from bus.messages import (
     decode_fact_body,
     encode,
     kind_of,
+    request_id,
 )
 from bus.ordering import FactOrder, OpenEpoch
 from bus.replies import Chunk, Status, decode_reply
@@ -203,7 +206,7 @@ def test_no_reply_subject_makes_the_cell_write_into_its_own_streams_or_end() -> 
             for number, reply in enumerate(CAPTURED):
                 for verb in ("infer.m", f"resume.{number:032x}", f"cancel.{number:032x}", "admin.status"):
                     await here.client.publish(f"longshore.main.{verb}", b'{"prompt":"x"}', reply=reply)
-            service = Service(here.client, SUBJECTS, "me", ["infer"], lambda: {})
+            service = Service(here.client, SUBJECTS, "me", ["infer"], dict)
             here.tasks.append(asyncio.create_task(service.answer("PING", "ping")))
             await asyncio.sleep(0)
             await here.client.publish("ping", b"", reply=CAPTURED[0])
@@ -446,3 +449,79 @@ async def test_no_sentence_names_the_password_of_a_server() -> None:
 async def test_what_cannot_be_sent_is_an_error_of_the_bus() -> None:
     with pytest.raises(BusError, match="not a subject"):
         Connection().frame("a\u00a0b", b"")
+
+
+def test_a_heartbeat_that_is_nested_too_deeply_does_not_end_the_control() -> None:
+    async def main() -> None:
+        async with cell() as (here, process):
+            await here.client.publish(SUBJECTS.heartbeat(WORKER), b'{"x":' + b"[" * 50_000)
+            await asyncio.sleep(1)
+            assert not process.task.done()
+
+    run_virtual(main())
+
+
+def test_what_is_no_derived_message_stops_a_control_until_an_operator_accepts_it() -> None:
+    async def main() -> None:
+        async with cell() as (here, process):
+            for payload in (b"junk", b'{"fact":1,"index":0,"of":1,"body":' + b"[" * 50_000):
+                await here.client.ledger.append(SUBJECTS.said("a", "b", "c"), payload)
+                with pytest.raises(Difference) as caught:
+                    await process.task
+                found = caught.value
+                await here.state("cell", DifferenceAccepted(found.fact, found.place))
+                process.task = here.control().task
+                await asyncio.sleep(2)
+                assert not process.task.done()
+
+    run_virtual(main())
+
+
+def test_readers_that_come_back_cannot_fill_the_ledger() -> None:
+    """What is left is for what must be said: a worker's facts, and what follows from them."""
+
+    async def main() -> None:
+        async with world() as here:
+            here.server = MemoryServer("main", ledger_limit_bytes=1_000_000)
+            here.client = here.server.bus("client")
+            process = here.control()
+            here.node()
+            await asyncio.sleep(3)
+            body = {"prompt": "hello", "max_tokens": 3, "client": "c", "key": "k"}
+            subscription, _ = await here.asked(body)
+            assert ends(await heard(subscription)) == ["length"]
+            for number in range(3000):
+                resume = SUBJECTS.resume(request_id("c", "k"))
+                await here.client.publish(resume, b"", reply=f"{here.client.new_inbox()}.{number}")
+                await asyncio.sleep(0.02)
+            usage = await here.client.ledger.usage()
+            assert usage.limit_bytes * 0.85 < usage.stored_bytes < usage.limit_bytes * 0.95
+            again, _ = await here.asked(body)
+            (refused,) = await heard(again)
+            assert refused.error.code == "ledger_full"
+            await here.kill(process)
+
+    run_virtual(main())
+
+
+def test_no_request_is_accepted_whose_tokens_find_no_room() -> None:
+    async def main() -> None:
+        async with world() as here:
+            here.server = MemoryServer("main", tokens_limit_bytes=50_000, result_retention_seconds=100.0)
+            here.client = here.server.bus("client")
+            process = here.control()
+            here.node()
+            await asyncio.sleep(3)
+            codes: list[str] = []
+            for _ in range(20):
+                subscription, _ = await here.asked({"prompt": "hello", "max_tokens": 50})
+                found = await heard(subscription, 3)
+                assert ends(found) == ["length"] or [one.status for one in found] == ["refused"]
+                codes += [one.error.code for one in found if isinstance(one, Status) and one.error]
+            assert codes and set(codes) == {"ledger_full"}
+            await asyncio.sleep(100)
+            subscription, _ = await here.asked({"prompt": "hello", "max_tokens": 5})
+            assert ends(await heard(subscription)) == ["length"]
+            await here.kill(process)
+
+    run_virtual(main())

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from bus.errors import UserError
 from models import cli
 from models.errors import ModelError
 from models.sample import ARCHITECTURES, make_sample
@@ -90,8 +91,8 @@ def test_the_command(tmp_path):
     said = json.loads(result.stdout)
     assert (said["architecture"], said["tied"]) == ("qwen3", False)
     again = runner.invoke(app(), arguments)
-    assert again.exit_code == 1
-    assert "is not an empty directory" in again.output
+    assert isinstance(again.exception, UserError)
+    assert "is not an empty directory" in str(again.exception)
     wrong = runner.invoke(app(), ["sample", str(tmp_path / "n"), "--size", "many"])
     assert wrong.exit_code != 0
     assert "not a number of parameters" in " ".join(wrong.output.split())
