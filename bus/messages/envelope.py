@@ -12,6 +12,7 @@ epoch; a fact that stands alone has none of these. `SaidEnvelope` carries what w
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Annotated, Any
 
 import msgspec
@@ -82,6 +83,11 @@ class SaidEnvelope(msgspec.Struct, frozen=True, omit_defaults=True):
     chain: Digest = ""
 
 
+NESTING_LIMIT = 100
+"""Brackets within brackets in a record of the ledger: far more than any message has."""
+
+_TEXTS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_BRACKETS = re.compile(rb"[\[\]{}]")
 _encoder = msgspec.json.Encoder()
 _fact_decoder = msgspec.json.Decoder(FactEnvelope)
 _said_decoder = msgspec.json.Decoder(SaidEnvelope)
@@ -92,13 +98,26 @@ def encode(message: Any) -> bytes:
     return _encoder.encode(message)
 
 
+def _check_nesting(payload: bytes) -> None:
+    """How deep a decoder gets depends on its caller's stack: what is too deep is the same for everybody this way."""
+    if payload.count(b"[") + payload.count(b"{") <= NESTING_LIMIT:
+        return
+    depth = 0
+    for bracket in _BRACKETS.findall(_TEXTS.sub(b"", payload)):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > NESTING_LIMIT:
+            raise msgspec.DecodeError(f"nested deeper than {NESTING_LIMIT}")
+
+
 def decode_fact(payload: bytes) -> FactEnvelope:
     """Raises msgspec.DecodeError (ValidationError included) for anything else."""
+    _check_nesting(payload)
     return _fact_decoder.decode(payload)
 
 
 def decode_said(payload: bytes) -> SaidEnvelope:
     """Raises msgspec.DecodeError (ValidationError included) for anything else."""
+    _check_nesting(payload)
     return _said_decoder.decode(payload)
 
 

@@ -14,6 +14,7 @@ import pytest
 from tiny_control import card
 from virtual_loop import run_virtual
 
+from actors.cell import Cell
 from actors.control import Control
 from actors.driver import DriverShell
 from actors.readback import Difference
@@ -525,3 +526,18 @@ def test_no_request_is_accepted_whose_tokens_find_no_room() -> None:
             await here.kill(process)
 
     run_virtual(main())
+
+
+def test_how_deep_a_fact_may_be_nested_does_not_depend_on_who_reads_it() -> None:
+    def said(depth: int, frames: int) -> list[str]:
+        if frames:
+            return said(depth, frames - 1)
+        body = b'{"kind":"cancel.requested","request":"r","x":' + b"[" * depth + b"]" * depth + b"}"
+        record = Record(1, 1, SUBJECTS.fact("requests", "cancel.requested"), b'{"sender":"o","body":' + body + b"}")
+        return [one.subject for step in Cell("main").take(record) for one in step.said]
+
+    for depth in range(0, 1000, 10):
+        assert said(depth, 0) == said(depth, 100)
+    brackets = RequestAccepted("r", "c", "k", "m", Generation(1, prompt='[{"\\' * 500))
+    payload = encode(FactEnvelope("intake", msgspec.Raw(encode(brackets))))
+    assert decode_fact_body(decode_fact(payload).body) == brackets
