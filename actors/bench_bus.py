@@ -133,12 +133,54 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"p50": at(0.5), "p90": at(0.9), "p99": at(0.99), "max": round(values[-1], 3)}
 
 
+async def primitives(bus: JetStreamBus, *, rate: float, rounds: int = 200) -> dict[str, float]:
+    """What the parts cost on this machine at this pace, in milliseconds (medians), with nothing of ours in between.
+
+    `request_reply`: a core request that this process answers itself. `append`: an awaited append to the ledger's
+    stream. `chain`: what a request is made of, without any work on the way: one request and reply (infer, chunk) and
+    three appends that somebody waits for (fact, effect, page).
+    """
+    subscription = await bus.subscribe("bench.echo")
+
+    async def echo() -> None:
+        while True:
+            delivery = await subscription.next()
+            await bus.publish(delivery.reply, b"x")
+
+    echoing = asyncio.ensure_future(echo())
+    asked, appended = [], []
+    try:
+        for _ in range(rounds):
+            began = time.perf_counter()
+            await bus.request("bench.echo", b"x")
+            asked.append(time.perf_counter() - began)
+            await asyncio.sleep(1 / rate)
+            began = time.perf_counter()
+            await bus.tokens.append(bus.subjects.tokens("bench", 1), b"x" * 300)
+            appended.append(time.perf_counter() - began)
+            await asyncio.sleep(1 / rate)
+    finally:
+        echoing.cancel()
+        await subscription.close()
+    request_reply, append = statistics.median(asked) * 1000, statistics.median(appended) * 1000
+    return {
+        "request_reply": round(request_reply, 3),
+        "append": round(append, 3),
+        "chain": round(request_reply + 3 * append, 3),
+    }
+
+
 async def bench_stub(*, fsync: bool, rate: float, seconds: float, max_tokens: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="longshore-bench-") as folder:
         async with stub_cell(Path(folder), fsync=fsync) as bus:
             warm = WARM_REQUESTS / rate
             await measure(bus, MODEL, rate=rate, seconds=warm, max_tokens=max_tokens, prompt="warm")
-            return await measure(bus, MODEL, rate=rate, seconds=seconds, max_tokens=max_tokens, prompt="A crane moves")
+            before = await primitives(bus, rate=rate)
+            found = await measure(bus, MODEL, rate=rate, seconds=seconds, max_tokens=max_tokens, prompt="A crane moves")
+            after = await primitives(bus, rate=rate)
+            found["primitives_ms"] = {name: round((before[name] + after[name]) / 2, 3) for name in before}
+            found["p50_over_chain"] = round(found["first_chunk_ms"]["p50"] / found["primitives_ms"]["chain"], 2)
+            return found
 
 
 async def bench_real(*, fsync: bool, seconds: float, max_tokens: int, parameters: int) -> dict[str, Any]:

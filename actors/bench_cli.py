@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json as json_module
 import platform
 from typing import Annotated, Any
@@ -52,10 +51,12 @@ def bench_bus(
 
     Example: longshore bench bus --seconds 10 --json
     """
+    import uvloop
+
     from bus.contract import BusError
 
     try:
-        found = asyncio.run(_bench_bus(rate, seconds, max_tokens, real))
+        found = uvloop.run(_bench_bus(rate, seconds, max_tokens, real))
     except BusError as error:
         raise Failure(str(error)) from None
     if json:
@@ -72,7 +73,15 @@ def bench_bus(
         reach = "p50 3, p99 10" if name == "stub, fsync always" else "-"
         table.add_row(name, str(row["requests"]), *(f"{spread[k]:.2f}" for k in ("p50", "p90", "p99", "max")), reach)
     Console().print(table)
-    print(f"one write and fsync of 512 bytes takes {found['fsync_ms']} ms here (median)")
+    for name, row in found["settings"].items():
+        if "primitives_ms" in row:
+            parts = row["primitives_ms"]
+            print(
+                f"{name}: at this pace a bare request and reply takes {parts['request_reply']} ms, a bare append "
+                f"{parts['append']} ms; one of the first and three of the second are {parts['chain']} ms, "
+                f"p50 is {row['p50_over_chain']} of that"
+            )
+    print(f"one write and fsync of 512 bytes takes {found['fsync_ms']} ms (median)")
 
 
 async def _bench_bus(rate: float, seconds: float, max_tokens: int, real: bool) -> dict[str, Any]:

@@ -60,6 +60,11 @@ STEP_LIMIT = 100_000
 CHECKPOINT_FACTS = 1000
 """Facts between two checkpoints, at the least; more as the state grows, so that the cost per fact stays the same."""
 
+CHECKPOINT_BYTES = 64 * 1024 * 1024
+"""Payload of the facts between two checkpoints, at the most: prompts may be large."""
+
+TIMER_BYTES = 64
+
 SKIPPED_REMEMBERED = 10_000
 """Requests known to have ended by a skipped step; the oldest is forgotten first."""
 
@@ -160,6 +165,7 @@ class Cell:
         self._skipped_requests: dict[str, str] = {}
         self._checkpoint = self._remember()
         self._checkpoint_limit = CHECKPOINT_FACTS
+        self._since_bytes = 0
         self._since: list[tuple[TakenFact, int]] = []
         self._skipped: dict[int, str] = {}
         self._subject_cache: dict[tuple[str, str, type[Message]], str] = {}
@@ -176,6 +182,7 @@ class Cell:
         if not isinstance(subject, FactSubject):
             return []
         steps = []
+        self._since_bytes += len(record.payload)
         for fact in self.order.admit(record, subject):
             step = None if self.order.closed(fact) else self._take(fact)
             if step is not None:
@@ -207,7 +214,7 @@ class Cell:
             said = self._run_skipped(fact)
             step = Step(fact.sequence, self._seal(fact.sequence, said))
         self._since.append((fact, now))
-        if len(self._since) >= self._checkpoint_limit:
+        if len(self._since) >= self._checkpoint_limit or self._since_bytes >= CHECKPOINT_BYTES:
             self._keep()
         return step
 
@@ -215,8 +222,10 @@ class Cell:
         """A checkpoint: this is what goes back from here on."""
         self._checkpoint = self._remember()
         size = sum(len(bytes(raw)) for raw in self._checkpoint.actors.values())
+        size += TIMER_BYTES * len(self.timers)
         self._checkpoint_limit = max(CHECKPOINT_FACTS, size // 500)
         self._since.clear()
+        self._since_bytes = 0
         self._skipped.clear()
 
     def _run(self, fact: TakenFact, now: int) -> list[tuple[str, To, int]]:

@@ -19,11 +19,11 @@ from typing import cast
 
 import structlog
 
-from actors.cell import Cell, Step, UnknownRules
+from actors.cell import Cell, Said, Step, UnknownRules
 from actors.gpu import GpuState
 from actors.intake import Intake
 from actors.readback import accepted_differences
-from actors.replica import Replica
+from actors.replica import Replica, is_urgent
 from actors.results import ResultsReader
 from actors.sealer import seal
 from actors.timers import Timers
@@ -35,6 +35,10 @@ from bus.subjects import Subjects
 from bus.tasks import Tasks
 
 POLL_SECONDS = 0.05
+RECORDS_SECONDS = 0.003
+"""By how much records come after the effects and answers of their step. A server that fsyncs each message has handed
+the effect to its driver by then, instead of storing what nobody waits for first.
+"""
 STANDBY_SECONDS = 0.5
 """How much later a replica that does not lead does what the leading one should have done by then."""
 
@@ -56,6 +60,8 @@ class Control:
         self.watch = Watch(bus, self.subjects, me, silence=silence)
         self.intake = Intake(bus, self.subjects, me, self._cell, lambda: self.live)
         self._empty = Cell(cell)
+        self._records: list[tuple[int, Said]] = []
+        self._records_due: asyncio.TimerHandle | None = None
         self._timers = Timers()
         self._reader = ResultsReader(bus, self.subjects)
         self._unshown = Unshown()
@@ -74,6 +80,8 @@ class Control:
             await self._open()
             await self.tasks.wait()
         finally:
+            if self._records_due is not None:
+                self._records_due.cancel()
             await self.tasks.stop()
 
     async def _open(self) -> None:
@@ -140,12 +148,27 @@ class Control:
             await reader.close()
 
     def _publish(self, replica: Replica) -> None:
+        """What somebody waits for at once; the rest of a step a moment later, out of its way."""
         for fact, said in replica.outgoing():
-            replica.unanswered += 1
-            future = self.bus.ledger.send(
-                said.subject, said.payload, message_id=f"said.{fact}.{said.place}", publisher=self.me
-            )
-            future.add_done_callback(self._answered)
+            if is_urgent(said):
+                self._send(replica, fact, said)
+            else:
+                self._records.append((fact, said))
+        if self._records and self._records_due is None:
+            self._records_due = asyncio.get_running_loop().call_later(RECORDS_SECONDS, self._publish_records, replica)
+
+    def _publish_records(self, replica: Replica) -> None:
+        self._records_due = None
+        records, self._records = self._records, []
+        for fact, said in records:
+            self._send(replica, fact, said)
+
+    def _send(self, replica: Replica, fact: int, said: Said) -> None:
+        replica.unanswered += 1
+        future = self.bus.ledger.send(
+            said.subject, said.payload, message_id=f"said.{fact}.{said.place}", publisher=self.me
+        )
+        future.add_done_callback(self._answered)
 
     def _answered(self, future: asyncio.Future[Appended]) -> None:
         assert self.replica is not None

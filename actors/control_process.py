@@ -19,6 +19,9 @@ from bus.jetstream import JetStreamBus
 from bus.messages import Message, PlacementConfigured, RequestsConfigured
 from bus.service import VERBS, Service
 
+LONGEST_RUN_SECONDS = 6 * 3600
+"""Pages are kept for so long beyond the retention of results: those of an answer that is still being written, too."""
+
 log = structlog.get_logger("longshore.control")
 
 
@@ -86,7 +89,7 @@ async def _run_once(options: ControlOptions) -> None:
         name=f"longshore-control-{me}",
         create=True,
         ledger_limit_bytes=options.ledger_limit_bytes,
-        result_retention_seconds=options.retention_seconds,
+        result_retention_seconds=options.retention_seconds + LONGEST_RUN_SECONDS,
     )
     try:
         control = Control(bus, options.cell, me, silence=options.silence_seconds)

@@ -94,7 +94,9 @@ class DriverCore:
     @property
     def filters(self) -> list[str]:
         """Which ledger subjects `read` wants to see."""
-        return [self._subjects.facts_of(self.name), self._subjects.said_to(f"driver/{self.name}")]
+        ending = ("driver.lost", "store.started", "worker.started")
+        closings = [self._subjects.fact(self.name, kind) for kind in ending]
+        return [*closings, self._subjects.said_to(f"driver/{self.name}")]
 
     # ---- what is stated ---------------------------------------------------------------------------------------
 

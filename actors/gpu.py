@@ -275,6 +275,7 @@ class Gpu(Actor):
             position=message.position,
             history=message.history,
             replies=message.replies,
+            generation=message.generation,
         )
         return [To(self._driver, start)]
 

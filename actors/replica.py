@@ -108,7 +108,10 @@ class Replica:
 
 def effects_first(said: list[Said]) -> list[Said]:
     """Effects and answers before records and what actors tell each other: each message may cost an fsync."""
-    urgent = [one for one in said if one.receiver.startswith(DRIVER) or one.receiver == "reader"]
-    if not urgent:
-        return said
-    return urgent + [one for one in said if not (one.receiver.startswith(DRIVER) or one.receiver == "reader")]
+    urgent = [one for one in said if is_urgent(one)]
+    return urgent + [one for one in said if not is_urgent(one)] if urgent else said
+
+
+def is_urgent(said: Said) -> bool:
+    """Whether somebody outside waits for it: a driver, or a reader."""
+    return said.receiver.startswith(DRIVER) or said.receiver == "reader"

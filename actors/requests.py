@@ -22,6 +22,7 @@ import msgspec
 from actors.actor import Actor
 from bus.messages import (
     CancelRequested,
+    Generation,
     PlacementRefused,
     PlaceRequest,
     ReaderAdded,
@@ -44,6 +45,7 @@ from bus.messages import (
     TimerFired,
     To,
     body_digest,
+    is_small,
 )
 
 REPLIES_LIMIT = 64
@@ -78,6 +80,7 @@ class Request(msgspec.Struct):
     stopping: str = ""
     replies: list[ReplyTo] = []
     spans: list[Span] = []
+    small: Generation | None = None
     prompt_tokens: int = 0
     outcome: str = ""
     end: str = ""
@@ -122,6 +125,7 @@ class Requests(Actor):
             deadline=min(LATEST, now + message.deadline_ms * MILLISECOND) if message.deadline_ms else 0,
             replies=[message.reply] if message.reply else [],
             spans=[],
+            small=message.generation if is_small(message.generation) else None,
         )
         self.state.requests[message.request] = request
         said = [To("placement", PlaceRequest(message.request, 1, message.model, message.sequence))]
@@ -175,7 +179,9 @@ class Requests(Actor):
             position=request.position,
             history=tuple(request.spans),
             replies=tuple(request.replies),
+            generation=request.small,
         )
+        request.small = None
         return [To(message.worker, run)]
 
     def on_PlacementRefused(self, message: PlacementRefused, now: int) -> list[To]:

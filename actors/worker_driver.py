@@ -206,7 +206,7 @@ class _Work:
         try:
             if effect.model not in self._engines:
                 raise AttachRefused(f"{effect.model} is not attached here", retry=True)
-            generation = await self._prompts.generation(effect)
+            generation = effect.generation or await self._prompts.generation(effect)
             earlier = await self._prompts.earlier(effect)
             encoded = await self._runtime.encode(effect.model, generation)
             sampling = self._fit(effect.model, len(encoded.prompt), encoded.sampling)

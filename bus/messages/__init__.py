@@ -112,6 +112,7 @@ from bus.messages.requests import (
     Span,
     StopSequence,
     body_digest,
+    is_small,
     request_id,
 )
 
@@ -324,6 +325,7 @@ __all__ = [
     "decode_said_body",
     "encode",
     "extend_chain",
+    "is_small",
     "kind_of",
     "request_id",
 ]

@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from bus.messages.envelope import Count, Digest, Message, Name, Positive, Text
 from bus.messages.placement import HeldModel, ModelCard
-from bus.messages.requests import ReplyTo, Span
+from bus.messages.requests import Generation, ReplyTo, Span
 
 Process = Annotated[int, Meta(ge=0)]
 
@@ -158,6 +158,8 @@ class ModelDetached(Message, frozen=True, tag="model.detached"):
 class StartSequence(Message, frozen=True, tag="sequence.start"):
     """Effect: decode this request from `position` on; prompt and earlier tokens stand at the cited sequences.
 
+    `generation`: the prompt itself where it is small.
+
     Answer: sequence.finished, sequence.refused, sequence.failed, each after the last page is acknowledged.
     """
 
@@ -168,6 +170,7 @@ class StartSequence(Message, frozen=True, tag="sequence.start"):
     position: Count = 0
     history: tuple[Span, ...] = ()
     replies: tuple[ReplyTo, ...] = ()
+    generation: Generation | None = None
 
 
 class CancelSequence(Message, frozen=True, tag="sequence.cancel"):

@@ -12,6 +12,7 @@ from bus.messages.envelope import Count, Digest, Message, Name, Positive, Subjec
 
 PROMPT_LIMIT_BYTES = 400_000
 TOKENS_LIMIT = 1_000_000
+SMALL_CHARACTERS = 1024
 
 Encoding = Literal["json", "msgpack"]
 EndReason = Literal["stop", "length", "cancelled", "deadline"]
@@ -38,6 +39,14 @@ class Generation(msgspec.Struct, frozen=True, omit_defaults=True):
     top_k: int = -1
     seed: int = 0
     stop: tuple[str, ...] = ()
+
+
+def is_small(generation: Generation) -> bool:
+    """Whether what to compute is so small that messages may carry it instead of citing it."""
+    size = len(generation.prompt or "") + 4 * len(generation.tokens or ()) + sum(len(s) for s in generation.stop)
+    for message in generation.messages or ():
+        size += len(message.content) + 32
+    return size <= SMALL_CHARACTERS
 
 
 class ReplyTo(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -151,7 +160,11 @@ class Span(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class RunSequence(Message, frozen=True, tag="sequence.run"):
-    """requests > gpu: run attempt `attempt` from position `position`; earlier tokens stand in the `history`."""
+    """requests > gpu: run attempt `attempt` from position `position`; earlier tokens stand in the `history`.
+
+    A small `generation` comes along at the first attempt, which saves the worker a look into the ledger; a large one
+    stands only in the fact at `accepted`.
+    """
 
     request: Name
     attempt: Positive
@@ -160,6 +173,7 @@ class RunSequence(Message, frozen=True, tag="sequence.run"):
     position: Count = 0
     history: tuple[Span, ...] = ()
     replies: tuple[ReplyTo, ...] = ()
+    generation: Generation | None = None
 
 
 class StopSequence(Message, frozen=True, tag="sequence.stop"):

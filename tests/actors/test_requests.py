@@ -20,6 +20,7 @@ from bus.messages import (
     ReaderAttached,
     ReaderRefused,
     ReplyTo,
+    RequestAccepted,
     RequestEnded,
     RequestPlaced,
     RequestsConfigured,
@@ -35,6 +36,7 @@ from bus.messages import (
     TimerFired,
     To,
 )
+from bus.messages.requests import SMALL_CHARACTERS
 
 W0, W1 = "gpu/s/0", "gpu/s/1"
 R = accepted("k").request
@@ -74,7 +76,7 @@ def ends(said: list[To]) -> RequestEnded:
 def test_an_accepted_request_is_placed_and_run() -> None:
     requests = Requests("requests")
     assert requests.handle(accepted("k", sequence=7, reply=INBOX), 10) == [place()]
-    run = RunSequence(R, 1, "m0", 7, 0, (), (INBOX,))
+    run = RunSequence(R, 1, "m0", 7, 0, (), (INBOX,), Generation(8, prompt="hello"))
     assert requests.handle(RequestPlaced(R, 1, W0), 20) == [To(W0, run)]
     with pytest.raises(Unexpected):
         requests.handle(ModelAdded("x"), 20)
@@ -158,6 +160,19 @@ def test_what_kills_its_workers_is_quarantined(kind: str) -> None:
     assert (ended.outcome, ended.code) == ("quarantined", "quarantined") and "3 workers" in ended.reason
     assert (released(3) in said) is (kind == "rejected")
     assert len(ended.spans) == (3 if kind == "died" else 0)
+
+
+def test_a_small_prompt_is_sent_along_once_and_a_large_one_never() -> None:
+    for prompt, carried in (("x" * SMALL_CHARACTERS, True), ("x" * (SMALL_CHARACTERS + 1), False)):
+        requests = Requests("requests")
+        generation = Generation(8, prompt=prompt)
+        requests.handle(RequestAccepted(R, "c", "k", "m0", generation, sequence=7), 10)
+        (run,) = requests.handle(RequestPlaced(R, 1, W0), 20)
+        assert isinstance(run.message, RunSequence)
+        assert run.message.generation == (generation if carried else None)
+        requests.handle(SequenceEnded(R, 1, ""), 30)
+        (again,) = requests.handle(RequestPlaced(R, 2, W1), 40)
+        assert isinstance(again.message, RunSequence) and again.message.generation is None
 
 
 def test_what_workers_send_back_unbegun_is_no_death_and_still_bounded() -> None:
