@@ -41,6 +41,7 @@ from bus.messages import (
     ModelGone,
     ModelHeld,
     ModelRemoved,
+    ModelReplaced,
     PlacementConfigured,
     PlaceRequest,
     ServerGone,
@@ -110,7 +111,9 @@ class Placement(PlacementPump):
             if name not in found and model.servers.pop(message.server, None) is not None:
                 said += self._settle(name, f"server {message.server} came back without {name}, and no other holds it")
         for held in message.models:
-            self._know(held.card).servers[message.server] = held.tier
+            known = self._know(held.card)
+            known.servers[message.server] = held.tier
+            known.replaced.pop(message.server, None)
         return [*said, *self._refuse_too_large(), *self._pump(now)]
 
     def on_ServerGone(self, message: ServerGone, now: int) -> list[To]:
@@ -126,6 +129,7 @@ class Placement(PlacementPump):
             server.ssd_rate = learned(server.ssd_rate, rate)
         model = self._know(message.card)
         model.servers[message.server] = message.tier
+        model.replaced.pop(message.server, None)
         self._note_loading(message.server, server, model)
         return [*self._refuse_too_large(), *self._pump(now)]
 
@@ -134,7 +138,22 @@ class Placement(PlacementPump):
         model = self.state.models.get(message.model)
         if model is not None:
             model.servers.pop(message.server, None)
+            model.replaced.pop(message.server, None)
         return [*self._settle(message.model, f"no server holds {message.model} any more"), *self._pump(now)]
+
+    def on_ModelReplaced(self, message: ModelReplaced, now: int) -> list[To]:
+        """Instances of the old version on that server take nothing new, and stop when they are idle."""
+        model = self.state.models.get(message.model)
+        if model is None:
+            return []
+        model.replaced[message.server] = True
+        self.state.replacing[message.model] = True
+        for name in model.instances:
+            if self.state.workers[name].server == message.server:
+                instance = self.state.workers[name].instances[message.model]
+                instance.outdated = True
+                self._index(name, model, instance)
+        return self._pump(now)
 
     def on_ModelAdded(self, message: ModelAdded, now: int) -> list[To]:
         model = self.state.models.get(message.model)

@@ -121,7 +121,8 @@ class PlacementBooks(Actor):
 
     def _index(self, worker: str, model: KnownModel, instance: RunningInstance) -> None:
         """Keep `model.open` true after the status or the slots in use of one of its instances changed."""
-        free = instance.slots - len(instance.active) if instance.status == "running" else 0
+        takes = instance.status == "running" and not instance.outdated
+        free = instance.slots - len(instance.active) if takes else 0
         if free == instance.free:
             return
         if instance.free:

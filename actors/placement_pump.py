@@ -37,7 +37,7 @@ class PlacementPump(PlacementBooks):
         state, name = self.state, model.card.model
         said = self._dispatch(name, now) if name in state.queues else []
         if not instance.active:
-            return [*said, *self._pump(now)] if state.queues or state.removing else said
+            return [*said, *self._pump(now)] if state.queues or state.removing or state.replacing else said
         if said and len(state.queues) > (name in state.queues) and self._older_starves(name):
             said += self._pump(now)
         return said
@@ -167,6 +167,15 @@ class PlacementPump(PlacementBooks):
             for worker in list(model.instances) if model is not None else ():
                 instance = self.state.workers[worker].instances[name]
                 if instance.status in ("running", "draining") and not instance.active:
+                    said.append(self._stop(worker, name))
+        for name in list(self.state.replacing):
+            model = self.state.models.get(name)
+            if model is None or not model.replaced:
+                del self.state.replacing[name]
+                continue
+            for worker in list(model.instances):
+                instance = self.state.workers[worker].instances[name]
+                if instance.outdated and instance.status in ("running", "draining") and not instance.active:
                     said.append(self._stop(worker, name))
         return said
 

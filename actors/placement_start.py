@@ -86,6 +86,8 @@ def _weigh(
     tier = model.servers.get(worker.server)
     if server is None or not server.up or tier is None or card.model in worker.instances:
         return None
+    if worker.server in model.replaced:
+        return None
     slots, kv_bytes = kv_plan(card, worker.memory_bytes, worker.max_slots)
     if not slots:
         return None

@@ -24,13 +24,15 @@ class KnownModel(msgspec.Struct):
     """`servers`: the nearest tier per server that holds it; `instances`: workers on which it starts or runs.
 
     `open`: of those, the running ones with free slots, by how many; `failed_on`: starts that failed since the last
-    one that did not, per worker; `enough`: requests that may wait without another look for a place to start.
+    one that did not, per worker; `enough`: requests that may wait without another look for a place to start;
+    `replaced`: servers where a newer version waits until no instance there holds the old one any more.
     """
 
     card: ModelCard
     servers: dict[str, Tier] = {}
     instances: dict[str, bool] = {}
     removed: bool = False
+    replaced: dict[str, bool] = {}
     failures: int = 0
     failed_on: dict[str, int] = {}
     open: dict[int, dict[str, bool]] = {}
@@ -59,7 +61,9 @@ class Server(msgspec.Struct):
 
 class RunningInstance(msgspec.Struct):
     """`memory`: weights and KV cache reserved on the device; `active`: attempts by request that hold a slot;
-    `free`: under how many free slots it stands in its model's index, 0 for not at all."""
+    `free`: under how many free slots it stands in its model's index, 0 for not at all; `outdated`: a newer version
+    lies on its server, so it takes no more sequences and stops when idle.
+    """
 
     slots: int
     memory: int
@@ -69,6 +73,7 @@ class RunningInstance(msgspec.Struct):
     used_at: int = 0
     ready_at: int = 0
     tier: Tier = "ssd"
+    outdated: bool = False
 
 
 class Worker(msgspec.Struct):
@@ -122,6 +127,7 @@ class PlacementState(msgspec.Struct):
     sizes: dict[str, WorkerSize] = {}
     room: dict[str, Room] = {}
     removing: dict[str, bool] = {}
+    replacing: dict[str, bool] = {}
     waiting: int = 0
     configuration: PlacementConfigured = PlacementConfigured()
 

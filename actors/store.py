@@ -36,6 +36,7 @@ from bus.messages import (
     ModelHeld,
     ModelLoaded,
     ModelMissing,
+    ModelReplaced,
     ServerGone,
     ServerReady,
     StoreStarted,
@@ -176,6 +177,8 @@ class Store(Actor):
             model.leases[worker] = True
             said.append(To(worker, LeaseGranted(message.model, model.card.digest, "ssd")))
         model.waiting = {}
+        if model.newer is not None:
+            said.append(To("placement", ModelReplaced(self.state.server, message.model)))
         return [*said, *self._release(message.model, model)]
 
     def on_LoadFailed(self, message: LoadFailed, now: int) -> list[To]:
@@ -210,7 +213,8 @@ class Store(Actor):
             return [To("placement", ModelHeld(self.state.server, card, "ssd"))]
         if known.card.digest != card.digest:
             known.newer = card
-            return self._release(card.model, known)
+            replaced = To("placement", ModelReplaced(self.state.server, card.model))
+            return self._release(card.model, known) or [replaced]
         known.card, known.newer = card, None
         return [To("placement", ModelHeld(self.state.server, card, known.tier))]
 

@@ -220,6 +220,7 @@ _say(
     ),
 )
 _say(m.ModelGone, lambda e, s, r: f"{e.server} no longer holds {e.model}")
+_say(m.ModelReplaced, lambda e, s, r: f"a newer {e.model} lies on {e.server}, to be served when the old one is idle")
 _say(m.LookForModel, lambda e, s, r: f"{r} is to look for {e.model}")
 _say(m.DropModel, lambda e, s, r: f"{r} is to delete {e.model} once nobody uses it")
 _say(

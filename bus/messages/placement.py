@@ -93,6 +93,13 @@ class ModelGone(Message, frozen=True, tag="model.gone"):
     model: Name
 
 
+class ModelReplaced(Message, frozen=True, tag="model.replaced"):
+    """store > placement: a newer version lies here; it is served once no instance here holds the old one any more."""
+
+    server: Name
+    model: Name
+
+
 class LookForModel(Message, frozen=True, tag="model.look"):
     """placement > store: see whether the model lies on your server."""
 

@@ -24,6 +24,7 @@ from bus.messages import (
     ModelGone,
     ModelHeld,
     ModelRemoved,
+    ModelReplaced,
     PlacementConfigured,
     PlacementDecided,
     PlacementRefused,
@@ -519,3 +520,21 @@ def test_waiting_longer_is_not_weighed_again_while_nothing_changes(monkeypatch: 
         table.ask(f"q{i}")
     assert weighed == []
     assert table.now < MS
+
+
+def test_a_replaced_model_is_served_anew_once_its_old_instances_are_idle() -> None:
+    """Found in review: a newer version was never served while a worker, even an idle one, held the old one."""
+    table = Table().running("a")
+    table.ask("busy")
+    assert table.tell(ModelReplaced("s", "a")) == [], "what runs goes on"
+    assert placed(table.ask("later")) == [] and starts(table.ask("much later")) == []
+    assert stops(table.release("busy")) == [(W, "a")]
+    assert starts(table.tell(InstanceStopped(W, "a"))) == [], "not before the store holds the new one"
+    assert starts(table.tell(ModelHeld("s", card("a"), "ssd"))) == [(W, "a", ())]
+    assert placed(table.ready("a")) == [("later", W)]
+    assert not table.actor.state.models["a"].replaced and placed(table.release("later")) == [("much later", W)]
+
+
+def test_an_idle_instance_of_a_replaced_model_stops_at_once() -> None:
+    table = Table().running("a")
+    assert stops(table.tell(ModelReplaced("s", "a"))) == [(W, "a")]

@@ -29,6 +29,7 @@ from bus.messages import (
     ModelHeld,
     ModelLoaded,
     ModelMissing,
+    ModelReplaced,
     ServerGone,
     ServerReady,
     StoreStarted,
@@ -219,7 +220,7 @@ def test_a_replaced_model_is_served_as_it_was_until_nobody_uses_it() -> None:
     store = make(held("a", "dram"))
     lease(store, W0, "a")
     new = card("a", weight=50, digest="new")
-    assert store.handle(ModelFound(new), 2) == []
+    assert store.handle(ModelFound(new), 2) == [placement(ModelReplaced("s", "a"))]
     assert lease(store, W1, "a") == [granted(W1, "a")]
     assert store.handle(LeaseReturned(W0, "a"), 3) == []
     assert store.handle(LeaseReturned(W1, "a"), 3) == [

@@ -778,7 +778,9 @@ def _check_indexes(placement: PlacementState) -> None:
             leased[known.server][model] = leased[known.server].get(model, 0) + 1
             if instance.status != "stopping":
                 instances[model][worker] = True
-            free = instance.slots - len(instance.active) if instance.status == "running" else 0
+            free = (
+                instance.slots - len(instance.active) if instance.status == "running" and not instance.outdated else 0
+            )
             assert free == instance.free
             if free:
                 indexed[model].setdefault(free, {})[worker] = True
