@@ -25,6 +25,7 @@ from bus.contract import BusError
 
 READY_SECONDS = 10.0
 STOP_SECONDS = 10.0
+STORE_SECONDS = 1.0
 _POLL_SECONDS = 0.003
 _PR_SET_PDEATHSIG = 1
 
@@ -123,7 +124,10 @@ class EmbeddedServer:
         if self.running:
             return
         binary = find_binary()
-        self._take_store()
+        # A server that was just killed counts as gone a moment before its last thread lets go of the store.
+        patience = time.monotonic() + STORE_SECONDS
+        while not self._take_store(last=time.monotonic() > patience):
+            yield
         try:
             config = self._write_config()
             ports = self.store / "ports"
@@ -198,9 +202,10 @@ class EmbeddedServer:
         return complaints[-1].partition("] ")[2].partition("] ")[2] or complaints[-1]
 
     # the store
-    def _take_store(self) -> None:
+    def _take_store(self, *, last: bool) -> bool:
+        """Whether the store is ours. Raises `ServerError` where it is not, at the `last` attempt."""
         if self._lock is not None:
-            return
+            return True
         try:
             self.store.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.store / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -211,12 +216,15 @@ class EmbeddedServer:
         except OSError:
             holder = os.read(lock, 20).decode("ascii", "replace").strip() or "unknown"
             os.close(lock)
+            if not last:
+                return False
             raise ServerError(
                 f"{self.store} is in use by process {holder}: stop that one, or choose another directory"
             ) from None
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         self._lock = lock
+        return True
 
     def _release_store(self) -> None:
         if self._lock is not None:
