@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
+from bus.lifeline import ending_with_parent
+
 STOP_SECONDS = 10.0
-_PR_SET_PDEATHSIG = 1
 
 
 class Child:
@@ -41,7 +40,7 @@ class Child:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                preexec_fn=_end_with_parent(),
+                preexec_fn=ending_with_parent(),
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
 
@@ -72,17 +71,3 @@ class Child:
         except OSError:
             return ""
         return "\n".join(text.splitlines()[-lines:])
-
-
-def _end_with_parent() -> Callable[[], None] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    parent = os.getpid()
-
-    def prepare() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return prepare

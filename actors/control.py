@@ -44,6 +44,9 @@ STANDBY_SECONDS = 0.5
 
 MEASURE_SECONDS = 1.0
 
+SHOWN_BY_WORKER = b'"shown":true'
+"""How a `request.ended` reads whose end the worker's own page carries (text in a message has its quotes escaped)."""
+
 log = structlog.get_logger("longshore.control")
 
 
@@ -218,6 +221,8 @@ class Control:
                 order = decode_said_body(decode_said(said.payload).body)
                 if isinstance(order, SealTokens):
                     self.tasks.spawn(self._seal(replica, order), "seal")
+            elif said.receiver == "reader" and SHOWN_BY_WORKER in said.payload:
+                continue  # the usual end: nothing is left to show, and a task for it would be all that happens
             elif said.receiver == "reader" and replica.live:
                 self.tasks.spawn(self._show(replica, said.payload), "show")
             elif said.receiver == "reader":

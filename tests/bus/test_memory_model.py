@@ -8,12 +8,12 @@ from dataclasses import replace
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from virtual_loop import VirtualLoop
 
 from bus.contract import Appended, LogChanged, LogFull, NoAnswer, Reader, WrongLastSequence
 from bus.memory import MemoryBus, MemoryServer
 from bus.memory_faults import FINE, AppendFate, NoFaults
 from bus.memory_stream import DEDUPE_SECONDS, stored_size
+from chaos.virtual_time import VirtualLoop
 
 SUBJECTS = ["longshore.main.fact.a.x", "longshore.main.fact.b.x", "longshore.main.said.a.b.y"]
 FILTERS = {"": SUBJECTS, "longshore.main.fact.>": SUBJECTS[:2], "longshore.main.*.a.>": [SUBJECTS[0], SUBJECTS[2]]}
