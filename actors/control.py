@@ -167,15 +167,15 @@ class Control:
             self._send(replica, fact, said)
 
     def _send(self, replica: Replica, fact: int, said: Said) -> None:
-        replica.unanswered += 1
+        replica.sent(fact, said.place, asyncio.get_running_loop().time())
         future = self.bus.ledger.send(
             said.subject, said.payload, message_id=f"said.{fact}.{said.place}", publisher=self.me
         )
-        future.add_done_callback(self._answered)
+        future.add_done_callback(lambda done: self._answered(replica, fact, said, done))
 
-    def _answered(self, future: asyncio.Future[Appended]) -> None:
-        assert self.replica is not None
-        self.replica.unanswered -= 1
+    @staticmethod
+    def _answered(replica: Replica, fact: int, said: Said, future: asyncio.Future[Appended]) -> None:
+        replica.answered(fact, said.place)
         if future.cancelled():
             return
         error = future.exception()

@@ -20,7 +20,6 @@ from bus.subjects import MODEL_NAME_LIMIT, escape_model
 if TYPE_CHECKING:
     from bus.client import Client
 
-KNOWN_SECONDS = 15.0
 GONE_SECONDS = 30.0
 
 ModelArgument = Annotated[str, typer.Argument(metavar="NAME", help="The model's name in the cell.")]

@@ -33,11 +33,12 @@ class Replica:
         self.me = me
         self.leading = False
         self.strikes = 0
-        self.unanswered = 0
         self._end_at_start = end_at_start
         self._published: dict[tuple[int, int], bool] = {}
         self._outgoing: list[tuple[int, Said]] = []
         self._patient_since = 0.0
+        self._in_flight: dict[tuple[int, int], float] = {}
+        self._look: tuple[int, list[bytes]] | None = None
 
     @property
     def cell(self) -> Cell:
@@ -63,55 +64,70 @@ class Replica:
                     self.leading = False
         if self.leading and steps and self.live:
             for step in steps:
-                for said in effects_first(step.said):
+                for said in step.said:
                     self._publish(step.sequence, said)
         return steps
 
     def outgoing(self) -> list[tuple[int, Said]]:
-        """(fact, output) to publish now, in order. The caller counts them in `unanswered` until they are answered."""
+        """(fact, output) to publish now, in order. The caller says `sent` and `answered` of each."""
         outgoing, self._outgoing = self._outgoing, []
         return outgoing
 
+    def sent(self, fact: int, place: int, at: float) -> None:
+        """This output is on its way to the stream."""
+        self._in_flight.pop((fact, place), None)
+        self._in_flight[(fact, place)] = at
+
+    def answered(self, fact: int, place: int) -> None:
+        """The stream has answered, or nobody will."""
+        self._in_flight.pop((fact, place), None)
+
     def wants_rescue(self, at: float) -> bool:
-        """Whether outputs are missing for so long that the head of the stream should be looked at."""
-        if self.unanswered or not self.live:
-            self._patient_since = at
+        """Whether outputs are missing for so long that the end of the stream should be looked at.
+
+        Not while an own publish waits for its answer for as long: then absence proves nothing.
+        """
+        waiting_since = next(iter(self._in_flight.values()), at)
+        if not self.live or at - waiting_since >= MISSING_SECONDS:
+            self.disturbed(at)
             return False
-        if not self.readback.expected:
-            return False
-        oldest = next(iter(self.readback.expected.values())).since
-        return at - max(oldest, self._patient_since) >= MISSING_SECONDS
+        oldest = next(iter(self.readback.expected.values()), None)
+        return oldest is not None and at - max(oldest.since, self._patient_since) >= MISSING_SECONDS
 
     def rescue(self, at: float, last_sequence: int) -> None:
         """Publish what is missing, given the stream's last sequence as read just now.
 
-        Nothing happens unless this replica has read everything there is.
+        What was missing then and still is once everything up to there is read, does not stand in the stream. On a busy
+        stream that takes two calls: its end moves on, and a replica is never there.
         """
-        if last_sequence > self.position or not self.wants_rescue(at):
+        if not self.wants_rescue(at):
             return
-        for expected in self.readback.expected.values():
-            if at - expected.since >= MISSING_SECONDS:
-                self._publish(expected.fact, expected.said)
-        self.strikes += 1
-        if self.strikes >= STRIKES:
-            self.leading = True
-        self._patient_since = at
+        if self._look is None:
+            expected = self.readback.expected
+            self._look = last_sequence, [p for p, one in expected.items() if at - one.since >= MISSING_SECONDS]
+        end, late = self._look
+        if self.position < end:
+            return
+        self._look = None
+        missing = [one for payload in late if (one := self.readback.expected.get(payload)) is not None]
+        lost = [one for one in missing if (one.fact, one.said.place) not in self._in_flight]
+        for one in lost:
+            self._publish(one.fact, one.said)
+        if lost:
+            self.strikes += 1
+            self.leading = self.leading or self.strikes >= STRIKES
+            self._patient_since = at
 
     def disturbed(self, at: float) -> None:
         """The connection was lost or the process stalled: start counting anew."""
         self._patient_since = at
+        self._look = None
 
     def _publish(self, fact: int, said: Said) -> None:
         self._published[(fact, said.place)] = True
         self._outgoing.append((fact, said))
 
 
-def effects_first(said: list[Said]) -> list[Said]:
-    """Effects and answers before records and what actors tell each other: each message may cost an fsync."""
-    urgent = [one for one in said if is_urgent(one)]
-    return urgent + [one for one in said if not is_urgent(one)] if urgent else said
-
-
 def is_urgent(said: Said) -> bool:
-    """Whether somebody outside waits for it: a driver, or a reader."""
+    """Whether somebody outside waits for it. These go first: each message may cost an fsync."""
     return said.receiver.startswith(DRIVER) or said.receiver == "reader"

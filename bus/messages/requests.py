@@ -15,7 +15,6 @@ TOKENS_LIMIT = 1_000_000
 SMALL_CHARACTERS = 1024
 
 Encoding = Literal["json", "msgpack"]
-EndReason = Literal["stop", "length", "cancelled", "deadline"]
 Outcome = Literal["finished", "failed", "cancelled", "deadline", "quarantined"]
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from actors.cell import Cell
+from actors.cell import Cell, Said
 from actors.readback import Difference
-from actors.replica import MISSING_SECONDS, Replica
+from actors.replica import MISSING_SECONDS, Replica, is_urgent
 from bus.contract import Record
 from bus.messages import FactEnvelope, Generation, Message, RequestAccepted, encode, kind_of, request_id
 
@@ -45,8 +45,15 @@ def computed(stream: Stream, fact: Record) -> list[tuple[str, bytes]]:
 def rescued(replica: Replica, at: float, last: int) -> int:
     replica.rescue(at, last)
     published = replica.outgoing()
-    replica.unanswered += len(published)
+    for fact, said in published:
+        replica.sent(fact, said.place, at)
     return len(published)
+
+
+def all_answered(replica: Replica, facts: int = 10) -> None:
+    for fact in range(facts):
+        for place in range(facts):
+            replica.answered(fact, place)
 
 
 def test_a_new_replica_waits_and_then_rescues() -> None:
@@ -71,7 +78,7 @@ def test_while_own_publishes_are_unanswered_absence_proves_nothing() -> None:
     replica.take(stream.request("a"), 0.0)
     assert rescued(replica, 0.3, 1) > 0
     assert rescued(replica, 10.0, 1) == 0
-    replica.unanswered = 0
+    all_answered(replica)
     assert rescued(replica, 10.1, 1) == 0, "the count starts anew once they are answered"
     assert rescued(replica, 10.1 + MISSING_SECONDS, 1) > 0
 
@@ -86,7 +93,7 @@ def test_twice_in_a_row_leads_until_somebody_elses_comes_back() -> None:
         assert rescued(replica, at, fact.sequence) > 0
         for subject, payload in computed(stream, fact):
             replica.take(stream.append(subject, payload, ME), at)
-        replica.unanswered = 0
+        all_answered(replica)
     assert replica.leading
     fact = stream.request("c")
     replica.take(fact, at)
@@ -104,7 +111,7 @@ def test_others_publishing_in_between_resets_the_count() -> None:
     assert rescued(replica, 0.3, first.sequence) > 0
     for subject, payload in computed(stream, first):
         replica.take(stream.append(subject, payload, OTHER), 0.3)
-    replica.unanswered = 0
+    all_answered(replica)
     second = stream.request("b")
     replica.take(second, 1.0)
     assert rescued(replica, 1.3, second.sequence) > 0
@@ -127,12 +134,29 @@ def test_a_replica_is_silent_up_to_the_end_of_the_stream_at_its_start() -> None:
     assert rescued(replica, 9.0, len(stream.records)) == 0
 
 
-def test_effects_go_before_records() -> None:
-    from actors.cell import Said
-    from actors.replica import effects_first
+def test_who_waits_outside_goes_first() -> None:
+    said = [Said(0, "a", b"", "placement"), Said(1, "b", b"", "driver/gpu/s1/0"), Said(2, "c", b"", "reader")]
+    assert [is_urgent(one) for one in said] == [False, True, True]
 
-    said = [Said(0, "a", b"", "placement"), Said(1, "b", b"", "driver/gpu/s1/0"), Said(2, "c", b"", "record")]
-    assert [one.place for one in effects_first(said)] == [1, 0, 2]
+
+def test_a_busy_stream_does_not_keep_a_lost_output_from_its_rescue() -> None:
+    """The end of the stream is always ahead, and some publish is always on its way."""
+    stream, replica = Stream(), Replica(Cell(CELL), ME, end_at_start=0)
+    lost = stream.request("lost")
+    replica.take(lost, 0.0)
+    at, before, found = 0.0, 0, []
+    for number in range(10):
+        fact = stream.request(f"busy {number}")
+        at += 0.05
+        replica.take(fact, at)
+        for subject, payload in computed(stream, fact):
+            replica.take(stream.append(subject, payload, OTHER), at)
+        replica.sent(fact.sequence, 0, at)
+        replica.answered(before, 0)
+        before = fact.sequence
+        replica.rescue(at, replica.position + 1)
+        found += [fact for fact, _ in replica.outgoing()]
+    assert found and set(found) == {lost.sequence}
 
 
 def test_a_difference_stops_the_replica_and_names_message_and_field() -> None:
