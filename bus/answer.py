@@ -5,6 +5,7 @@ What goes wrong, and what is done about it:
 * no answer to the request, or `unknown`        repeat it with the same key: the cell knows it by that
 * a hole, a lost last chunk, silence, reconnect  ask `resume.<request>` for the first missing position
 * repeats and overlaps                           dropped and cut (`bus.reassembly`)
+* a reader slower than the cell                  what finds no room is dropped, and asked for when it is wanted
 * nobody listens, or nobody says anything        `RequestFailed` once patience is over
 
 Questions repeat after 50 ms, doubling up to 30 s while no new position comes; silence alone asks after `silence`.
@@ -18,20 +19,28 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
 
-from bus.contract import Bus, Delivery, Subscription
+from bus.contract import Bus, BusError, Delivery, Inbox
 from bus.messages.requests import Encoding
 from bus.reassembly import Reassembly
-from bus.replies import Chunk, ErrorBody, Status, TokenCounts, decode_reply
+from bus.replies import Chunk, ChunkEnd, ErrorBody, Result, Status, TokenCounts, decode_reply
 
 FIRST_WAIT_SECONDS = 0.05
 LONGEST_WAIT_SECONDS = 30.0
 GRACE_SECONDS = 5.0
 """So long after its acceptance a request may be unknown to a replica that is behind."""
+UNREAD_LIMIT = 4096
+UNREAD_LIMIT_BYTES = 16 << 20
+"""What waits for a slow reader of one answer, at most."""
 _LOOK_SECONDS = 0.5
 
 
 class RequestFailed(Exception):
-    """A request that did not end well: `code` is a name, `message` one sentence, `retry_ms` when to come again."""
+    """A request that did not end well: `code` is a name, `message` one sentence, `retry_ms` when to come again (0:
+    repeating is of no use, or may be done at any time).
+
+    `code` is one of the contract's (`queue_full`, `bad_request`, ...), or one of the library's own: `no_answer` (nobody
+    said anything), `no_connection`, `timeout` (the caller's own), `bad_reply`, `bus`.
+    """
 
     def __init__(self, code: str, message: str, retry_ms: int = 0) -> None:
         super().__init__(message)
@@ -63,7 +72,8 @@ class Answer:
     """The chunks of one request, in order: `async for chunk in answer`. It asks when iteration begins.
 
     The last chunk carries `end` and `usage`. An answer that ends as failed or quarantined raises `RequestFailed` after
-    its last position. Use it as `async with` where you may leave early; with `cancel` the request then ends too.
+    its last position. Use it as `async with` where you may leave early; with `cancel_on_close` the request then ends,
+    too. One task reads it.
     """
 
     def __init__(
@@ -76,12 +86,14 @@ class Answer:
         start: int,
         encoding: Encoding,
         patience: Patience,
-        cancel: Callable[[], Awaitable[object]] | None = None,
+        cancel: Callable[[], Awaitable[object]],
+        cancel_on_close: bool = False,
+        timeout: float | None = None,
         fresh: bool = False,
         closed: Callable[[Answer], None] = lambda _: None,
     ) -> None:
         self.request_id = request_id
-        self.end = ""
+        self.end: ChunkEnd = ""
         self.usage: TokenCounts | None = None
         self.questions = 0
         self._bus = bus
@@ -90,12 +102,15 @@ class Answer:
         self._encoding = encoding
         self._patience = patience
         self._cancel = cancel
+        self._cancel_on_close = cancel_on_close
+        self._timeout = timeout
+        self._limit = float("inf")
         self._tell_closed = closed
         self._positions = Reassembly(start)
         self._ready: deque[Chunk] = deque()
         self._failure: ErrorBody | None = None
-        self._subscription: Subscription | None = None
-        self._inbox = ""
+        self._inbox: Inbox | None = None
+        self._dropped = 0
         self._accepted = first is None
         self._forgiving = fresh or first is not None
         self._done = False
@@ -124,6 +139,8 @@ class Answer:
                 await self._step()
         except (StopAsyncIteration, RequestFailed):
             raise
+        except BusError as error:
+            await self._fail("bus", f"request {self.request_id} cannot be read: {error}")
         except BaseException:
             await self.aclose()
             raise
@@ -142,28 +159,51 @@ class Answer:
         """All that is left of the answer, as one text."""
         return "".join([chunk.text async for chunk in self])
 
+    async def whole(self) -> Result:
+        """All that is left of the answer, with its tokens, its end and its usage."""
+        chunks = [chunk async for chunk in self]
+        return Result(
+            "ended",
+            self.request_id,
+            self.position,
+            end=self.end,
+            text="".join(chunk.text for chunk in chunks),
+            tokens=tuple(token for chunk in chunks for token in chunk.tokens),
+            usage=self.usage,
+        )
+
+    async def cancel(self) -> None:
+        """Have the request ended in the cell. Go on reading: its last chunk then says `cancelled`."""
+        await self._cancel()
+
     # asking
     async def _step(self) -> None:
         now = asyncio.get_running_loop().time
-        if self._subscription is None:
-            self._inbox = self._bus.new_inbox()
-            self._subscription = await self._bus.subscribe(self._inbox)
+        if self._inbox is None:
+            self._inbox = await self._bus.open_inbox(limit=UNREAD_LIMIT, limit_bytes=UNREAD_LIMIT_BYTES)
             self._connections = self._bus.connections
             self._heard = self._moved = self._taken = now()
+            if self._timeout is not None:
+                self._limit = now() + self._timeout
             await self._ask()
         elif self._bus.connections != self._connections:
             self._connections = self._bus.connections
             self._wait = FIRST_WAIT_SECONDS
             self._prompted = True
         due = max(self._asked, self._moved) + max(self._patience.silence, self._wait)
+        if self._inbox.dropped != self._dropped and not self._inbox.unread:
+            self._dropped = self._inbox.dropped
+            self._prompted = True
         if self._prompted or self._positions.hole:
             due = min(due, self._asked + self._wait)
+        if now() >= self._limit:
+            await self._time_out()
         if now() >= due:
             await self._ask()
             return
         try:
-            async with asyncio.timeout_at(min(due, now() + _LOOK_SECONDS)):
-                delivery = await self._subscription.next()
+            async with asyncio.timeout_at(min(due, self._limit, now() + _LOOK_SECONDS)):
+                delivery = await self._inbox.next()
         except TimeoutError:
             await self._check_patience(now())
             return
@@ -176,12 +216,29 @@ class Answer:
         self._asked = asyncio.get_running_loop().time()
         if self.questions > 1:
             self._wait = min(self._wait * 2, LONGEST_WAIT_SECONDS)
+        assert self._inbox is not None
         body = question.body(self._positions.next)
-        await self._bus.publish(question.subject, body, reply=self._inbox, headers=question.headers)
+        await self._bus.publish(question.subject, body, reply=self._inbox.subject, headers=question.headers)
+
+    async def _time_out(self) -> None:
+        if self._cancel_on_close:
+            await self._cancel_quietly()
+        then = "it is being cancelled" if self._cancel_on_close else "it goes on: resume it, or cancel it"
+        await self._fail(
+            "timeout",
+            f"request {self.request_id} has not ended within {self._timeout:g} s at position "
+            f"{self._positions.next}; {then}",
+        )
 
     async def _check_patience(self, now: float) -> None:
         if now - self._heard <= self._patience.total:
             return
+        if not self._bus.connected:
+            await self._fail(
+                "no_connection",
+                f"the connection to the NATS server is down, and request {self.request_id} was not heard of for "
+                f"{self._patience.total:g} s; it may still run: resume it, or repeat it with the same key",
+            )
         last = self._excuse or ErrorBody(
             "no_answer",
             f"the cell said nothing about request {self.request_id} for {self._patience.total:g} s; it may still run: "
@@ -268,19 +325,18 @@ class Answer:
 
     # leaving
     async def aclose(self) -> None:
-        """Stop reading; with `cancel`, an answer that has not ended is cancelled in the cell."""
+        """Stop reading; with `cancel_on_close`, an answer that has not ended is cancelled in the cell."""
         if self._done:
             return
         self._done = True
-        ended = self._positions.ended or self._subscription is None
+        ended = self._positions.ended or self._inbox is None
         try:
-            if self._cancel is not None and not ended:
+            if self._cancel_on_close and not ended:
                 await asyncio.shield(asyncio.ensure_future(self._cancel_quietly()))
         finally:
             await self._close()
 
     async def _cancel_quietly(self) -> None:
-        assert self._cancel is not None
         try:
             await self._cancel()
         except Exception:
@@ -288,9 +344,9 @@ class Answer:
 
     async def _close(self) -> None:
         self._tell_closed(self)
-        subscription, self._subscription = self._subscription, None
-        if subscription is not None:
-            await subscription.close()
+        inbox, self._inbox = self._inbox, None
+        if inbox is not None:
+            await inbox.close()
 
     async def __aenter__(self) -> Answer:
         return self

@@ -4,8 +4,17 @@
         async for chunk in client.infer("llama-a", prompt="Once upon a time", max_tokens=64):
             print(chunk.text, end="")
 
+        answer = await client.infer("llama-a", messages=[{"role": "user", "content": "Hi"}], key="order-7").whole()
+        request = await client.submit("llama-a", prompt="Later", key="order-8")
+        result = await client.result(request, wait=60)
+
+What is imported from here is the public surface: `Client`, `Answer` (what `infer` and `resume` return), `Chunk`,
+`Result`, `TokenCounts`, `Patience`, `RequestFields`, `RequestFailed`, `Unreachable`.
+
 Every request gets an idempotency key, so that the library may repeat it whenever an answer stays out. What a cell
-refuses or fails raises `RequestFailed`. It runs on any `bus.contract.Bus`.
+refuses or fails raises `RequestFailed`, with a `code` to program against. All answers of a client come over one
+subscription of its connection, and wait there within bounds: a slow reader costs memory for some thousand chunks, not
+for all. It runs on any `bus.contract.Bus`, and makes no threads.
 """
 
 from __future__ import annotations
@@ -13,18 +22,18 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import msgspec
 
 from bus.answer import Answer, Patience, Question, RequestFailed
 from bus.api import DEFAULT_CLIENT, Refusal, parse_infer
-from bus.contract import Bus, BusError, NoAnswer, NoResponders
+from bus.contract import Bus, BusError, NoAnswer, NoResponders, Unreachable
 from bus.messages.envelope import OUTPUT_LIMIT_BYTES
 from bus.messages.requests import Encoding, request_id
-from bus.replies import Result, Status, decode_reply, encode_reply, reply_headers
+from bus.replies import Chunk, Result, Status, TokenCounts, decode_reply, encode_reply, reply_headers
 from bus.subjects import Subjects
 
 ASK_SECONDS = 2.0
@@ -32,8 +41,26 @@ _FIRST_POLL_SECONDS = 0.05
 _LAST_POLL_SECONDS = 1.0
 
 
+class RequestFields(TypedDict, total=False):
+    """The fields of `infer` and `submit` beside prompt and key, as docs/subjects.md describes them; None is absent."""
+
+    messages: Sequence[Mapping[str, str]] | None
+    tokens: Sequence[int] | None
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    client: str | None
+    deadline_ms: int | None
+
+
 class Client:
-    """Asks one cell over one bus. `Client.connect` opens and closes a connection of its own."""
+    """Asks one cell over one bus. `Client.connect` opens and closes a connection of its own.
+
+    `name` is the `client` of its requests: keys are unique within it, so programs that share keys share the name.
+    """
 
     def __init__(
         self,
@@ -56,13 +83,24 @@ class Client:
     @classmethod
     @asynccontextmanager
     async def connect(
-        cls, url: str = "nats://127.0.0.1:4222", *, cell: str = "main", **options: Any
+        cls,
+        url: str = "nats://127.0.0.1:4222",
+        *,
+        cell: str = "main",
+        name: str = DEFAULT_CLIENT,
+        encoding: Encoding = "json",
+        patience: Patience | None = None,
+        **connection: Any,
     ) -> AsyncIterator[Client]:
-        """A client with its own connection. Raises `bus.contract.Unreachable`. `options` are those of `Client`."""
+        """A client with its own connection, which comes back by itself whenever it is lost.
+
+        `connection` are options of `JetStreamBus.connect` (credentials, TLS). Raises `Unreachable` where no server
+        answers within two seconds, or where it refuses the credentials.
+        """
         from bus.jetstream import JetStreamBus
 
-        bus = await JetStreamBus.connect(url, cell, name="longshore-client")
-        client = cls(bus, cell, **options)
+        bus = await JetStreamBus.connect(url, cell, name="longshore-client", **connection)
+        client = cls(bus, cell, name=name, encoding=encoding, patience=patience)
         try:
             yield client
         finally:
@@ -70,7 +108,7 @@ class Client:
             await bus.close()
 
     async def close(self) -> None:
-        """Stop reading all answers; the bus stays open."""
+        """Stop reading all answers; the bus stays open. What was accepted goes on without `cancel_on_close`."""
         for answer in list(self._open.values()):
             await answer.aclose()
 
@@ -83,26 +121,35 @@ class Client:
         key: str | None = None,
         start: int = 0,
         cancel_on_close: bool = False,
-        **fields: Any,
+        timeout: float | None = None,
+        **fields: Unpack[RequestFields],
     ) -> Answer:
-        """Ask; nothing is sent before the first chunk is awaited. `fields` are those of the contract, None is absent.
+        """Ask; nothing is sent before the first chunk is awaited.
 
-        With `cancel_on_close` an answer that is left early (closed, or its task cancelled) is cancelled in the cell.
+        The same `key` gives the same answer for as long as the cell keeps results, whoever asks and whatever was
+        restarted in between; without one, two calls are two requests. `start` is the first position wanted. With
+        `cancel_on_close` an answer that is left early (closed, its task cancelled, `timeout`) is cancelled in the cell.
+        `timeout` (seconds, for the whole answer) ends the reading with `RequestFailed`; `deadline_ms` has the cell
+        itself end the request.
         """
         key = secrets.token_hex(16) if key is None else key
         if not model:
             raise RequestFailed("unknown_model", "the name of the model is empty")
-        body = self._fields(fields, prompt=prompt, key=key)
+        body = self._fields(dict(fields), prompt=prompt, key=key)
         self._encode(body)
         request = request_id(body["client"], key)
         first = Question(self._subjects.infer(model), lambda at: self._encode(body | {"from": at}), self._headers)
-        return self._answer(request, first, start, cancel_on_close)
+        return self._answer(request, first, start, cancel_on_close, timeout)
 
-    def resume(self, request: str, start: int = 0, *, cancel_on_close: bool = False) -> Answer:
-        """Read a request that exists, from position `start` on."""
-        return self._answer(request, None, start, cancel_on_close)
+    def resume(
+        self, request: str, start: int = 0, *, cancel_on_close: bool = False, timeout: float | None = None
+    ) -> Answer:
+        """Read a request that exists, from position `start` on: while it runs, and for as long as results are kept."""
+        return self._answer(request, None, start, cancel_on_close, timeout)
 
-    def _answer(self, request: str, first: Question | None, start: int, cancel_on_close: bool) -> Answer:
+    def _answer(
+        self, request: str, first: Question | None, start: int, cancel_on_close: bool, timeout: float | None
+    ) -> Answer:
         async def cancel() -> None:
             await self.cancel(request)
 
@@ -114,7 +161,9 @@ class Client:
             start=start,
             encoding=self._encoding,
             patience=self._patience,
-            cancel=cancel if cancel_on_close else None,
+            cancel=cancel,
+            cancel_on_close=cancel_on_close,
+            timeout=timeout,
             fresh=request in self._submitted,
             closed=self._forget,
         )
@@ -124,13 +173,16 @@ class Client:
     def _forget(self, answer: Answer) -> None:
         self._open.pop(id(answer), None)
 
-    async def submit(self, model: str, prompt: str | None = None, *, key: str | None = None, **fields: Any) -> str:
+    async def submit(
+        self, model: str, prompt: str | None = None, *, key: str | None = None, **fields: Unpack[RequestFields]
+    ) -> str:
         """Leave a request with the cell and return its id; the answer is read with `result` or `resume`.
 
-        Returns once the request is stored. What the contract refuses raises `RequestFailed` before anything is sent.
+        Returns once the request is stored: it then runs, whatever is restarted. What the contract refuses raises
+        `RequestFailed` before anything is sent.
         """
         key = secrets.token_hex(16) if key is None else key
-        body = self._fields(fields, prompt=prompt, key=key)
+        body = self._fields(dict(fields), prompt=prompt, key=key)
         payload = self._encode(body)
         try:
             request = parse_infer(payload, self._headers.get("Content-Type"), model).request
@@ -259,3 +311,16 @@ class _Acknowledged(msgspec.Struct):
 
     error: dict[str, Any] | None = None
     seq: int = 0
+
+
+__all__ = [
+    "Answer",
+    "Chunk",
+    "Client",
+    "Patience",
+    "RequestFailed",
+    "RequestFields",
+    "Result",
+    "TokenCounts",
+    "Unreachable",
+]

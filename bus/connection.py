@@ -70,6 +70,7 @@ class Connection(Client):
         self._hooks: dict[int, Hook] = {}
         self._listeners: dict[int, Listener] = {}
         self._answers: dict[int, asyncio.Future[tuple[bytes, bytes | None]]] = {}
+        self._inboxes: dict[int, Hook] = {}
         self._next_answer = 0
         self._answer_prefix = ""
         self._up = asyncio.Event()
@@ -212,9 +213,24 @@ class Connection(Client):
         return data, raw
 
     def _answered(self, subject: bytes, reply: bytes, payload: bytes, headers: bytes | None) -> None:
-        answer = self._answers.get(int(subject[len(self._answer_prefix) :]))
+        token = subject[len(self._answer_prefix) :]
+        number = int(token) if token.isdigit() else 0
+        inbox = self._inboxes.get(number)
+        if inbox is not None:
+            inbox(subject, reply, payload, headers)
+            return
+        answer = self._answers.get(number)
         if answer is not None and not answer.done():
             answer.set_result((payload, headers))
+
+    def open_inbox(self, hook: Hook) -> str:
+        """A subject whose messages `hook` gets. The server knows it already: it lies under the one for answers."""
+        self._next_answer += 1
+        self._inboxes[self._next_answer] = hook
+        return f"{self._answer_prefix}{self._next_answer}"
+
+    def close_inbox(self, subject: str) -> None:
+        self._inboxes.pop(int(subject[len(self._answer_prefix) :]), None)
 
     # coming and going
     def listen(self, listener: Listener) -> None:

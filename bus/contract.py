@@ -171,6 +171,23 @@ class Subscription(Protocol):
     async def close(self) -> None: ...
 
 
+class Inbox(Subscription, Protocol):
+    """A subscription on a subject of its own, for replies. All inboxes of a bus are one subscription at the server."""
+
+    @property
+    def subject(self) -> str: ...
+
+    @property
+    def unread(self) -> int:
+        """How many messages wait."""
+        ...
+
+    @property
+    def dropped(self) -> int:
+        """How many messages found no room: whoever reads slower than others write asks for them again."""
+        ...
+
+
 class Bus(Protocol):
     """One connection of one process to one cell's streams."""
 
@@ -205,5 +222,9 @@ class Bus(Protocol):
         ...
 
     def new_inbox(self) -> str: ...
+
+    async def open_inbox(self, *, limit: int, limit_bytes: int) -> Inbox:
+        """An inbox that holds at most so many unread messages, and about so many bytes of them."""
+        ...
 
     async def close(self) -> None: ...

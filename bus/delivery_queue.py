@@ -11,19 +11,30 @@ QUEUE_LIMIT = 65536
 
 
 class DeliveryQueue:
-    """Deliveries in order of arrival; beyond QUEUE_LIMIT they are dropped and counted. Several may wait in `next`."""
+    """Deliveries in order of arrival; beyond its limits they are dropped and counted. Several may wait in `next`."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = QUEUE_LIMIT, limit_bytes: int | None = None) -> None:
         self._queue: deque[Delivery] = deque()
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._ended = False
+        self._limit = limit
+        self._limit_bytes = limit_bytes
+        self._bytes = 0
         self.dropped = 0
 
+    @property
+    def unread(self) -> int:
+        return len(self._queue)
+
     def put(self, delivery: Delivery) -> None:
-        if len(self._queue) >= QUEUE_LIMIT:
+        """One message always finds room, however large it is."""
+        size = len(delivery.payload)
+        too_large = self._limit_bytes is not None and self._bytes + size > self._limit_bytes
+        if self._queue and (too_large or len(self._queue) >= self._limit):
             self.dropped += 1
             return
         self._queue.append(delivery)
+        self._bytes += size
         self._wake_one()
 
     async def next(self) -> Delivery:
@@ -39,7 +50,9 @@ class DeliveryQueue:
                 if waiter.done() and not waiter.cancelled():
                     self._wake_one()
                 raise
-        return self._queue.popleft()
+        delivery = self._queue.popleft()
+        self._bytes -= len(delivery.payload)
+        return delivery
 
     def end(self) -> None:
         self._ended = True

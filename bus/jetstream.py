@@ -64,6 +64,33 @@ class JetStreamSubscription(DeliveryQueue):
         self.end()
 
 
+class JetStreamInbox(DeliveryQueue):
+    """See `bus.contract.Inbox`: a number under the connection's one subscription for answers, and no more."""
+
+    def __init__(self, connection: Connection, limit: int, limit_bytes: int) -> None:
+        super().__init__(limit, limit_bytes)
+        self._connection = connection
+        self.subject = connection.open_inbox(self._delivered)
+        connection.listen(self)
+
+    def _delivered(self, subject: bytes, reply: bytes, payload: bytes, headers: bytes | None) -> None:
+        self.put(Delivery(self.subject, payload, reply.decode(), parse_headers(headers)))
+
+    async def close(self) -> None:
+        self._connection.forget(self)
+        self._connection.close_inbox(self.subject)
+        self.end()
+
+    def lost(self) -> None:
+        pass
+
+    def restored(self) -> None:
+        pass
+
+    def closed(self) -> None:
+        self.end()
+
+
 class JetStreamBus:
     """One connection of one process to one cell. Make it with `JetStreamBus.connect`; see `bus.contract.Bus`."""
 
@@ -226,6 +253,9 @@ class JetStreamBus:
 
     def new_inbox(self) -> str:
         return self._connection.new_inbox()
+
+    async def open_inbox(self, *, limit: int, limit_bytes: int) -> JetStreamInbox:
+        return JetStreamInbox(self._connection, limit, limit_bytes)
 
     async def close(self) -> None:
         """Send what was published, and close for good."""

@@ -174,6 +174,24 @@ class MemorySubscription(DeliveryQueue):
         self.end()
 
 
+class MemoryInbox(DeliveryQueue):
+    """See `bus.contract.Inbox`."""
+
+    def __init__(self, bus: MemoryBus, limit: int, limit_bytes: int) -> None:
+        super().__init__(limit, limit_bytes)
+        self.subject = bus.new_inbox()
+        self._bus = bus
+        self._number = bus.server._number()
+        bus._subscriptions[self._number] = self
+        if not bus.ended:
+            bus.server._interests[self._number] = _Interest(bus, self.subject, "", self.put)
+
+    async def close(self) -> None:
+        self._bus.server._interests.pop(self._number, None)
+        self._bus._subscriptions.pop(self._number, None)
+        self.end()
+
+
 class MemoryBus:
     """See `bus.contract.Bus`. Made by `MemoryServer.bus`."""
 
@@ -200,7 +218,7 @@ class MemoryBus:
         self._clock_offset_ns = clock_offset_ns
         self._next_inbox = 0
         self._asked: dict[int, asyncio.Future[Delivery]] = {}
-        self._subscriptions: dict[int, MemorySubscription] = {}
+        self._subscriptions: dict[int, DeliveryQueue] = {}
         self._healed: list[asyncio.Future[None]] = []
         self._logs = (
             MemoryLog(self, server.ledger, ack_timeout),
@@ -297,6 +315,9 @@ class MemoryBus:
     def new_inbox(self) -> str:
         self._next_inbox += 1
         return f"_INBOX.{self.number}.{self._next_inbox}"
+
+    async def open_inbox(self, *, limit: int, limit_bytes: int) -> MemoryInbox:
+        return MemoryInbox(self, limit, limit_bytes)
 
     # the connection
     async def wait_connected(self) -> None:

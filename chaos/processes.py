@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from bus.contract import BusError, Log, Subscription
+from bus.contract import BusError, Inbox, Log, Subscription
 from bus.memory import MemoryBus
 from chaos.faults import SeededFaults
 
@@ -73,6 +73,9 @@ class WatchedBus:
 
     def new_inbox(self) -> str:
         return self.memory.new_inbox()
+
+    async def open_inbox(self, *, limit: int, limit_bytes: int) -> Inbox:
+        return await self.memory.open_inbox(limit=limit, limit_bytes=limit_bytes)
 
     async def close(self) -> None:
         await self.memory.close()

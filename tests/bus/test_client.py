@@ -101,6 +101,84 @@ def test_a_reconnect_asks_at_once_for_the_rest() -> None:
     world(scenario())
 
 
+def test_a_slow_reader_holds_little_and_gets_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bus.answer.UNREAD_LIMIT", 8)
+
+    async def scenario() -> None:
+        server = MemoryServer("main")
+        async with FakeCell(server.bus("control"), length=100) as cell:
+            client = Client(server.bus("reader"), patience=Patience(silence=100.0, total=200.0))
+            answer = client.infer("llama-a", "hello")
+            chunks = [await anext(answer)]
+            await asyncio.sleep(0.02)  # all is written by now, and most of it found no room
+            chunks += [chunk async for chunk in answer]
+            check_whole(chunks, 100)
+            assert cell.asked[-1] == ("resume", {"from": 9}), "what was dropped must be asked for, and no more"
+
+    world(scenario())
+
+
+def test_many_answers_at_once_over_one_subscription() -> None:
+    async def scenario() -> None:
+        server = MemoryServer("main")
+        async with FakeCell(server.bus("control"), chance=random.Random(1)):
+            client = Client(server.bus("reader"), patience=HASTE)
+            answers = await asyncio.gather(*(read(client) for _ in range(100)))
+            for chunks in answers:
+                check_whole(chunks, 20)
+            assert client._open == {} and not client.bus._subscriptions  # type: ignore[attr-defined]
+
+    world(scenario())
+
+
+def test_a_time_of_the_callers_own() -> None:
+    async def scenario() -> None:
+        server = MemoryServer("main")
+        async with FakeCell(server.bus("control")) as cell:
+            cell.pause = 0.02
+            client = Client(server.bus("reader"), patience=HASTE)
+            answer = client.infer("llama-a", "hello", timeout=0.1)
+            seen = []
+            with pytest.raises(RequestFailed, match=r"not ended within 0\.1 s at position [1-9]; it goes on") as caught:
+                async for chunk in answer:
+                    seen.append(chunk)
+            assert caught.value.code == "timeout" and seen and cell.cancelled == []
+            answer = client.infer("llama-a", "hello", timeout=0.05, cancel_on_close=True)
+            with pytest.raises(RequestFailed, match="it is being cancelled"):
+                await answer.text()
+            assert cell.cancelled == [answer.request_id]
+            whole = await client.infer("llama-a", "hello", timeout=5, start=18).whole()
+            assert (whole.text, whole.tokens, whole.positions, whole.end) == ("18 19 ", (18, 19), 20, "stop")
+
+    world(scenario())
+
+
+def test_a_lost_or_closed_connection_is_one_sentence() -> None:
+    async def scenario() -> None:
+        server = MemoryServer("main")
+        async with FakeCell(server.bus("control")) as cell:
+            cell.chunks_shown = 1
+            bus = server.bus("reader")
+            client = Client(bus, patience=Patience(silence=0.02, total=0.1))
+            answer = client.infer("llama-a", "hello")
+            await anext(answer)
+            server.cut(bus)
+            with pytest.raises(RequestFailed, match="the connection to the NATS server is down") as caught:
+                await answer.text()
+            assert caught.value.code == "no_connection"
+            server.heal(bus)
+            answer = client.resume(answer.request_id, 1)
+            cell.pause = 1.0
+            reading = asyncio.create_task(answer.text())
+            await asyncio.sleep(0.01)
+            await bus.close()
+            with pytest.raises(RequestFailed, match="cannot be read: this subscription is closed") as caught:
+                await reading
+            assert caught.value.code == "bus"
+
+    world(scenario())
+
+
 def test_failures_are_raised_after_the_positions_that_stand() -> None:
     async def scenario() -> None:
         server = MemoryServer("main")

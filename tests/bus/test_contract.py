@@ -457,6 +457,34 @@ async def test_closing_ends_what_waits(world: World) -> None:
         assert (await heard.next()).payload == b"bye"
 
 
+async def test_an_inbox_is_bounded_and_survives_an_outage(world: World) -> None:
+    async with world.running():
+        bus, other = await world.bus(), await world.bus()
+        few, small = await bus.open_inbox(limit=3, limit_bytes=1000), await bus.open_inbox(limit=3, limit_bytes=10)
+        for i in range(5):
+            await other.publish(few.subject, b"%d" % i, headers={"Content-Type": "text"})
+        for size in (50, 5, 5):  # one always finds room
+            await other.publish(small.subject, b"x" * size)
+        await until(lambda: few.dropped == 2 and small.dropped == 2)
+        assert (few.unread, small.unread) == (3, 1)
+        seen = [await few.next() for _ in range(3)]
+        assert [delivery.payload for delivery in seen] == [b"0", b"1", b"2"]
+        assert {(delivery.subject, delivery.headers["Content-Type"]) for delivery in seen} == {(few.subject, "text")}
+        await world.cut(bus)
+        await world.heal(bus)
+        await few.close()
+        await other.publish(few.subject, b"late")
+        await other.publish(few.subject.rpartition(".")[0] + ".no-number", b"from a stranger")
+        assert len((await small.next()).payload) == 50
+        await other.publish(small.subject, b"last", reply="somewhere")
+        async with asyncio.timeout(5):
+            last = await small.next()
+        assert (last.payload, last.reply, few.unread) == (b"last", "somewhere", 0)
+        await bus.close()
+        with pytest.raises(BusError, match="closed"):
+            await small.next()
+
+
 async def test_inboxes_are_unique(world: World) -> None:
     async with world.running():
         one, two = await world.bus(), await world.bus()
