@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from bus.lifeline import ending_with_parent
@@ -15,13 +16,25 @@ STOP_SECONDS = 10.0
 
 
 class Child:
-    """One `longshore ...` process (or another module of ours). Its output goes to a log file."""
+    """One `longshore ...` process (or another module of ours). Its output goes to a log file.
 
-    def __init__(self, name: str, arguments: list[str], log: Path, *, module: str = "bus.main") -> None:
+    `environment` is added to this process's: what must not stand on a command line.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: list[str],
+        log: Path,
+        *,
+        module: str = "bus.main",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.module = module
         self.name = name
         self.arguments = arguments
         self.log = log
+        self.environment = dict(environment or {})
         self.process: asyncio.subprocess.Process | None = None
         self._log_start = 0
 
@@ -41,7 +54,7 @@ class Child:
                 stdout=output,
                 stderr=output,
                 preexec_fn=ending_with_parent(),
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
             )
 
     async def wait(self) -> int:

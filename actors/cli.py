@@ -21,6 +21,7 @@ from bus.options import (
     NatsOption,
     check_cell_name,
     connected,
+    connection,
 )
 
 DataOption = Annotated[Path, typer.Option("--data", metavar="DIR", help="Where streams, packed models and logs live.")]
@@ -52,7 +53,9 @@ def control(
 
     check_cell_name(cell)
     configure_logs(as_json=log_json)
-    options = ControlOptions(nats, cell, silence, parse_size(ledger_limit, "--ledger-limit"), retention, queue_limit)
+    options = ControlOptions(
+        connection(nats), cell, silence, parse_size(ledger_limit, "--ledger-limit"), retention, queue_limit
+    )
     _run(run_control(options))
 
 
@@ -80,6 +83,7 @@ def up(
     """
     from actors.sizes import parse_size
     from actors.up import UpOptions
+    from bus.credentials import ConnectionOptions
 
     check_cell_name(cell)
     if device not in ("cpu", "cuda"):
@@ -94,7 +98,7 @@ def up(
         workers=workers,
         controls=controls,
         device=device,
-        nats=nats,
+        nats=connection(nats) if nats else ConnectionOptions(),
         port=port,
         fsync_always=fsync,
         memory=memory,
@@ -120,7 +124,7 @@ async def _up(options: Any) -> None:
     async def keep() -> None:
         async with CellProcesses(options) as cell:
             console.print(f"NATS at {cell.url}; logs in {options.data / 'logs'}")
-            bus = await JetStreamBus.connect(cell.url, options.cell, name="longshore-up", create=True)
+            bus = await JetStreamBus.connect(cell.connection, options.cell, name="longshore-up", create=True)
             try:
                 with console.status("starting workers"):
                     status = await cell.ready(bus)

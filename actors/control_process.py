@@ -14,6 +14,7 @@ from actors.control import Control
 from actors.readback import Difference
 from actors.submissions import take_submissions
 from bus.contract import BusError, LogChanged
+from bus.credentials import ConnectionOptions
 from bus.errors import UserError
 from bus.jetstream import JetStreamBus
 from bus.messages import Message, PlacementConfigured, RequestsConfigured
@@ -29,7 +30,7 @@ log = structlog.get_logger("longshore.control")
 class ControlOptions:
     """What a control is told at its start. The last two become facts where the cell has other values."""
 
-    nats: str
+    nats: ConnectionOptions
     cell: str
     silence_seconds: float = 1.0
     ledger_limit_bytes: int = 1 << 30

@@ -23,6 +23,7 @@ from actors.driver import HEARTBEAT_SECONDS, DriverShell
 from actors.local_storage import DEFAULT_CONTEXT, LocalStorage
 from actors.store_driver import StoreDriver
 from actors.worker_settings import WorkerSettings, start_worker
+from bus.credentials import ConnectionOptions
 from bus.errors import UserError
 from bus.jetstream import JetStreamBus
 from bus.tasks import Tasks
@@ -52,7 +53,7 @@ logger = logging.getLogger("longshore.node")
 class NodeOptions:
     """What a node is told at its start. `memory_bytes` and `threads` are per worker."""
 
-    nats: str
+    nats: ConnectionOptions
     cell: str
     server: str
     data: Path

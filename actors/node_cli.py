@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bus.errors import UserError
-from bus.options import DEFAULT_CELL, DEFAULT_NATS, CellOption, Failure, NatsOption, check_cell_name
+from bus.options import DEFAULT_CELL, DEFAULT_NATS, CellOption, Failure, NatsOption, check_cell_name, connection
 
 DEFAULT_DATA = Path("data")
 DEFAULT_SLOTS = 16
@@ -59,7 +59,7 @@ def node(
     from bus.contract import BusError
 
     options = NodeOptions(
-        nats=nats,
+        nats=connection(nats),
         cell=cell,
         server=server,
         data=data.absolute(),

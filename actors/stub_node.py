@@ -16,8 +16,10 @@ from actors.store_driver import StoreDriver
 from actors.stub_runtime import VOCABULARY, StubRuntime
 from actors.stub_storage import StubStorage
 from actors.worker_driver import WorkerDriver
+from bus.credentials import ConnectionOptions
 from bus.jetstream import JetStreamBus
 from bus.messages import ModelCard
+from bus.options import connection
 from bus.subjects import Subjects
 from bus.tasks import Tasks
 
@@ -39,13 +41,19 @@ def stub_card(model: str = MODEL) -> ModelCard:
 
 
 async def run_stub_node(
-    url: str, cell: str, *, server: str = "stub", workers: int = 1, step_seconds: float = 0.0, slots: int = 64
+    nats: ConnectionOptions | str,
+    cell: str,
+    *,
+    server: str = "stub",
+    workers: int = 1,
+    step_seconds: float = 0.0,
+    slots: int = 64,
 ) -> None:
     """Until SIGTERM."""
     ending = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ending.set)
-    bus = await JetStreamBus.connect(url, cell, name=f"longshore-stub-{server}")
+    bus = await JetStreamBus.connect(nats, cell, name=f"longshore-stub-{server}")
     subjects = Subjects(cell)
     tasks = Tasks()
     store = StoreDriver(server, dram_bytes=1000 * MIB, storage=StubStorage((stub_card(),)), process=os.getpid())
@@ -82,7 +90,7 @@ def main() -> None:
 
     uvloop.run(
         run_stub_node(
-            options.nats,
+            connection(options.nats),
             options.cell,
             server=options.server,
             workers=options.workers,

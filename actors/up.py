@@ -14,7 +14,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +23,7 @@ import msgspec
 
 from actors.children import Child
 from bus.contract import BusError
+from bus.credentials import ConnectionOptions
 from bus.errors import UserError
 from bus.jetstream import JetStreamBus
 from bus.server import EmbeddedServer
@@ -35,7 +36,10 @@ _LONGEST_PAUSE_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class UpOptions:
-    """`nats` empty: embed a server, on `port` (0: any free one). Sizes are texts such as 2GB, as `node` takes them."""
+    """`nats` without an address: embed a server, on `port` (0: any free one).
+
+    Sizes are texts such as 2GB, as `node` takes them.
+    """
 
     data: Path
     cell: str = "main"
@@ -43,7 +47,7 @@ class UpOptions:
     workers: int = 2
     controls: int = 1
     device: str = "cpu"
-    nats: str = ""
+    nats: ConnectionOptions = field(default_factory=ConnectionOptions)
     port: int = 0
     fsync_always: bool = False
     memory: str = ""
@@ -61,8 +65,12 @@ class CellProcesses:
         self.server: EmbeddedServer | None = None
         self.controls: list[Child] = []
         self.nodes: list[Child] = []
-        self.url = options.nats
+        self.connection = options.nats.without_secrets_in_url()
         self._lock: int | None = None
+
+    @property
+    def url(self) -> str:
+        return self.connection.address
 
     @property
     def models_directory(self) -> Path:
@@ -84,17 +92,16 @@ class CellProcesses:
     async def _start(self) -> None:
         options = self.options
         self._take_data()
-        logs = options.data / "logs"
-        logs.mkdir(exist_ok=True)
+        (options.data / "logs").mkdir(exist_ok=True)
         self.models_directory.mkdir(exist_ok=True)
-        if not options.nats:
+        if not options.nats.url:
             self.server = EmbeddedServer(options.data / "nats", port=options.port, fsync_always=options.fsync_always)
             await self.server.start_async()
-            self.url = self.server.url
+            self.connection = ConnectionOptions(url=self.server.url)
         common = ["--nats", self.url, "--cell", options.cell]
         for number in range(1, options.controls + 1):
             arguments = ["control", *common, *options.control_arguments]
-            self.controls.append(Child(f"control-{number}", arguments, logs / f"control-{number}.log"))
+            self.controls.append(self._child(f"control-{number}", arguments))
         for number in range(1, options.nodes + 1):
             arguments = ["node", *common, "--server", f"s{number}", "--data", str(options.data)]
             arguments += ["--workers", str(options.workers), "--device", options.device]
@@ -103,9 +110,13 @@ class CellProcesses:
             arguments += ["--memory", memory] if memory else []
             arguments += ["--slots", str(options.slots)] if options.slots else []
             arguments += options.node_arguments
-            self.nodes.append(Child(f"node-s{number}", arguments, logs / f"node-s{number}.log"))
+            self.nodes.append(self._child(f"node-s{number}", arguments))
         for child in self.children:
             await child.start()
+
+    def _child(self, name: str, arguments: list[str]) -> Child:
+        log = self.options.data / "logs" / f"{name}.log"
+        return Child(name, arguments, log, environment=self.connection.variables())
 
     @property
     def children(self) -> list[Child]:

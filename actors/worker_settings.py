@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bus.credentials import ConnectionOptions
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
     """`memory_bytes`: weights and KV cache together; `threads`: those of its steps."""
 
-    nats: str
+    nats: ConnectionOptions
     cell: str
     server: str
     index: int

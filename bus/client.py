@@ -31,6 +31,7 @@ import msgspec
 from bus.answer import Answer, Patience, Question, RequestFailed
 from bus.api import DEFAULT_CLIENT, Refusal, parse_infer
 from bus.contract import Bus, BusError, NoAnswer, NoResponders, Unreachable
+from bus.credentials import DEFAULT_URL, ConnectionOptions
 from bus.messages.envelope import OUTPUT_LIMIT_BYTES
 from bus.messages.requests import Encoding, request_id
 from bus.replies import Chunk, Result, Status, TokenCounts, decode_reply, encode_reply, reply_headers
@@ -84,22 +85,22 @@ class Client:
     @asynccontextmanager
     async def connect(
         cls,
-        url: str = "nats://127.0.0.1:4222",
+        url: str | ConnectionOptions = DEFAULT_URL,
         *,
         cell: str = "main",
         name: str = DEFAULT_CLIENT,
         encoding: Encoding = "json",
         patience: Patience | None = None,
-        **connection: Any,
     ) -> AsyncIterator[Client]:
         """A client with its own connection, which comes back by itself whenever it is lost.
 
-        `connection` are options of `JetStreamBus.connect` (credentials, TLS). Raises `Unreachable` where no server
-        answers within two seconds, or where it refuses the credentials.
+        `url`: one address, or several with commas; or `ConnectionOptions`, which say all about the connection
+        (credentials, TLS). Raises `Unreachable` where no server answers within two seconds for each address, or where
+        it refuses the credentials.
         """
         from bus.jetstream import JetStreamBus
 
-        bus = await JetStreamBus.connect(url, cell, name="longshore-client", **connection)
+        bus = await JetStreamBus.connect(url, cell, name="longshore-client")
         client = cls(bus, cell, name=name, encoding=encoding, patience=patience)
         try:
             yield client

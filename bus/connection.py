@@ -15,15 +15,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
+import ssl
 from collections.abc import Callable
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from nats.aio.client import Client
 from nats.aio.subscription import Subscription
+from nats.errors import Error as ClientError
 
 from bus.contract import BusError, Delivery, NoAnswer, NoResponders, Unreachable
+from bus.credentials import ConnectionOptions
 from bus.wire import header_block, parse_headers, publish_frame, status
 
 PING_SECONDS = 5
@@ -37,17 +38,70 @@ Hook = Callable[[bytes, bytes, bytes, bytes | None], None]
 _log = logging.getLogger("longshore.bus")
 
 
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url if "://" in url else f"nats://{url}")
-        return parts.scheme in ("nats", "tls", "ws", "wss") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
+class _NotTrusted(ClientError):
+    """The server offers no protected line, and this side was told to use no other one."""
 
 
-def _without_credentials(url: str) -> str:
-    """What may stand in logs and sentences."""
-    return re.sub(r"(?<=//).*@|^(?!.*//).*@", "", url)
+def _is_refusal(error: BaseException) -> bool:
+    """Whether the server, or what is known of it, says no: asking again as the same one is no use."""
+    return isinstance(error, ssl.SSLError | _NotTrusted) or _is_about_credentials(str(error))
+
+
+def _is_about_credentials(text: str) -> bool:
+    return "authorization" in text.lower() or "authentication" in text.lower()
+
+
+def _why_not(url: str, errors: list[BaseException], options: ConnectionOptions) -> str:
+    """One sentence for a connection that did not come about."""
+    error = next((one for one in reversed(errors) if _is_refusal(one)), None)
+    text = str(error).lower()
+    if isinstance(error, ssl.SSLCertVerificationError):
+        if "expired" in text:
+            return f"the certificate of the NATS server at {url} has expired: have it renewed"
+        if "mismatch" in text:
+            return (
+                f"the certificate of the NATS server at {url} is not for this address ({error.verify_message}): use "
+                "the name that stands in it"
+            )
+        known = f"the authority in {options.ca}" if options.ca else "an authority that is known here"
+        return (
+            f"the certificate of the NATS server at {url} does not come from {known}: name the file of the right "
+            "authority with --nats-ca FILE"
+        )
+    if isinstance(error, _NotTrusted):
+        return f"the NATS server at {url} offers no TLS, and this side was told to use it: check both configurations"
+    if isinstance(error, ssl.SSLError):
+        if "required" in text or not options.cert:
+            return (
+                f"the NATS server at {url} wants a certificate from this side: give --nats-cert FILE and "
+                f"--nats-key FILE ({error.reason})"
+            )
+        why = "has expired" if "expired" in text else "comes from no authority that it knows, or is not valid"
+        return f"the NATS server at {url} does not take the certificate {options.cert}: it {why} ({error.reason})"
+    if error is not None:
+        return _refused(url, text, options)
+    named = [str(one) for one in errors if str(one).startswith("nats: '")]
+    if named:
+        return f"the NATS server at {url} refuses the connection: {named[-1].removeprefix('nats: ')}"
+    return f"no NATS server answers at {url}: start one with `longshore up`, or pass its address with --nats URL"
+
+
+def _refused(url: str, text: str, options: ConnectionOptions) -> str:
+    if options.creds:
+        who = f"the credentials in {options.creds}: have new ones made"
+    elif options.nkey:
+        who = f"the nkey in {options.nkey}: its public key is no user there"
+    elif options.token:
+        who = "this token"
+    elif options.user:
+        who = f"user {options.user!r} with this password: check both"
+    else:
+        return (
+            f"the NATS server at {url} wants to know who connects: give --nats-user with --nats-password-file (or "
+            "LONGSHORE_NATS_PASSWORD), --nats-nkey or --nats-creds"
+        )
+    expired = ", because they have expired" if "expired" in text else ""
+    return f"the NATS server at {url} refuses {who}{expired}"
 
 
 class Listener(Protocol):
@@ -74,54 +128,86 @@ class Connection(Client):
         self._next_answer = 0
         self._answer_prefix = ""
         self._up = asyncio.Event()
+        self._refused = asyncio.Event()
+        self._errors: list[BaseException] = []
+        self._last_told = ""
+        self._wants_tls = False
 
     @classmethod
-    async def open(cls, url: str, *, name: str = "", **options: Any) -> Connection:
-        """Connect within two seconds or raise `Unreachable`.
+    async def open(cls, options: ConnectionOptions | str, *, name: str = "") -> Connection:
+        """Connect within two seconds for each address, or raise `Unreachable`, in one sentence that says why.
 
-        `options` go to `nats.connect` (user, password, tls, ...).
+        Raises `CredentialError` where the options themselves cannot be used.
         """
-        if not _is_address(url):
-            raise Unreachable(f"{_without_credentials(url)!r} is no address of a NATS server: write nats://host:port")
+        given = ConnectionOptions(url=options or "nats://") if isinstance(options, str) else options
+        given = given.without_secrets_in_url()
+        arguments = given.connect_arguments()
         connection = cls()
-        address, url = url, _without_credentials(url)
-        connection.url = url
-        refusal = ""
+        connection.url = given.address
+        connection._wants_tls = given.wants_tls
+        seconds = CONNECT_SECONDS * len(arguments["servers"])
+        connecting = asyncio.ensure_future(connection.connect(**connection._settings(name) | arguments))
+        refused = asyncio.ensure_future(connection._refused.wait())
+        try:
+            await asyncio.wait([connecting, refused], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if connecting.done() and connecting.exception() is None and connection.is_connected:
+                await connection._opened()
+                return connection
+            if connecting.done() and (error := connecting.exception()) is not None:
+                await connection._failed(error)
+        finally:
+            refused.cancel()
+            if connection.connections == 0:
+                connecting.cancel()
+                await asyncio.wait([connecting])
+                with contextlib.suppress(Exception):
+                    await connection.close()
+        raise Unreachable(_why_not(connection.url, connection._errors, given))
 
-        async def failed(error: Exception) -> None:
-            nonlocal refusal
-            refusal = str(error)
-            level = logging.WARNING if "permissions" in refusal else logging.DEBUG
-            _log.log(level, "%s: %s", url, error)
-
-        settings: dict[str, Any] = {
+    def _settings(self, name: str) -> dict[str, Any]:
+        return {
             "name": name or None,
             "max_reconnect_attempts": -1,
             "reconnect_time_wait": RECONNECT_WAIT_SECONDS,
             "connect_timeout": CONNECT_SECONDS,
             "ping_interval": PING_SECONDS,
             "max_outstanding_pings": 1,
-            "error_cb": failed,
-            "reconnected_cb": connection._was_reconnected,
-            "closed_cb": connection._was_closed,
-        } | options
-        try:
-            await asyncio.wait_for(connection.connect(address, **settings), CONNECT_SECONDS)
-        except Exception as error:
-            with contextlib.suppress(Exception):
-                await connection.close()
-            if "uthorization" in refusal or "uthorization" in str(error):
-                raise Unreachable(
-                    f"the NATS server at {url} refuses these credentials: check user and password"
-                ) from None
-            raise Unreachable(
-                f"no NATS server answers at {url}: start one with `longshore up`, or pass its address with --nats URL"
-            ) from None
-        connection.connections = 1
-        connection._up.set()
-        connection._answer_prefix = connection.new_inbox() + "."
-        await connection.hook(connection._answer_prefix + "*", connection._answered)
-        return connection
+            "error_cb": self._failed,
+            "reconnected_cb": self._was_reconnected,
+            "closed_cb": self._was_closed,
+        }
+
+    async def _failed(self, error: BaseException) -> None:
+        """What nats-py reports: of the first attempts to connect, of reconnects, of permissions."""
+        text = str(error) or type(error).__name__
+        telling = "permissions" in text.lower() or _is_refusal(error)
+        if self.connections:
+            # Repeated ten times a second while a server refuses to take us back: said once.
+            level = logging.WARNING if telling and text != self._last_told else logging.DEBUG
+            self._last_told = text if telling else self._last_told
+            _log.log(level, "%s: %s", self.url, text)
+            return
+        self._errors.append(error)
+        # A single server that says no will say so again; of several another one may take us.
+        if _is_refusal(error) and len(self._server_pool) <= 1:
+            self._refused.set()
+
+    async def _opened(self) -> None:
+        self.connections = 1
+        self._up.set()
+        self._answer_prefix = self.new_inbox() + "."
+        await self.hook(self._answer_prefix + "*", self._answered)
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        # nats-py would say who it is in the clear to whoever answers at a tls:// address.
+        if initial_connection and self._wants_tls and not info.get("tls_required"):
+            raise _NotTrusted("the server offers no TLS")
+        await super()._process_info(info, initial_connection)
+
+    async def _process_connect_init(self) -> None:
+        await super()._process_connect_init()
+        if not self.is_connected:
+            raise ClientError("the server ended the connection instead of taking it")
 
     # subscriptions with a hook
     async def hook(self, subject: str, hook: Hook, *, queue: str = "") -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bus.connection import Connection
 from bus.contract import Bus, BusError, Delivery
+from bus.credentials import ConnectionOptions
 from bus.delivery_queue import DeliveryQueue
 from bus.jetstream_api import STREAM_NOT_FOUND, ApiError, call, stream_info
 from bus.jetstream_log import JetStreamLog
@@ -103,7 +104,7 @@ class JetStreamBus:
     @classmethod
     async def connect(
         cls,
-        url: str,
+        options: ConnectionOptions | str,
         cell: str,
         *,
         name: str = "",
@@ -114,15 +115,15 @@ class JetStreamBus:
         intake_limit_bytes: int = GIB // 4,
         result_retention_seconds: int = 3600,
         replicas: int = 1,
-        **options: Any,
     ) -> JetStreamBus:
         """Connect, and with `create` see that the streams exist.
 
-        `options` go to `nats.connect` (user, password, token, user_credentials, tls, ...). Raises `Unreachable` within
-        two seconds where no server answers, ValueError for a bad name of a cell, and what `ensure_streams` raises.
+        `options` may be a mere address. Raises `Unreachable` within two seconds for each address where no server
+        answers or takes us, `CredentialError` where the options cannot be used, ValueError for a bad name of a cell,
+        and what `ensure_streams` raises.
         """
         subjects = Subjects(cell)
-        connection = await Connection.open(url, name=name, **options)
+        connection = await Connection.open(options, name=name)
         try:
             bus = cls(
                 connection,

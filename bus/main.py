@@ -17,6 +17,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NoReturn
 
 from bus.errors import UserError
+from bus.options import with_login
 
 GROUP = "longshore.commands"
 TRACEBACK_VARIABLE = "LONGSHORE_TRACEBACK"
@@ -104,13 +105,13 @@ def _load(point: EntryPoint) -> Callable[..., Any]:
         missing.__doc__ = f"Not available: {reason}."
         return missing
     if not inspect.iscoroutinefunction(function):
-        return function  # type: ignore[no-any-return]
+        return with_login(function)
 
     @functools.wraps(function)
     def synchronous(*args: Any, **kwargs: Any) -> Any:
         return asyncio.run(function(*args, **kwargs))
 
-    return synchronous
+    return with_login(synchronous)
 
 
 def exit_code_of(error: BaseException) -> int:

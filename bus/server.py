@@ -41,6 +41,7 @@ jetstream {{
   store_dir: {store}
   {sync}
 }}
+{extra}
 """
 
 
@@ -62,18 +63,28 @@ def find_binary() -> Path:
 class EmbeddedServer:
     """A nats-server with JetStream in `store`; `port` 0 takes a free one and keeps it over restarts.
 
+    `extra` is added to its configuration: users, TLS, a cluster.
+
     Use it as a context manager, synchronous or not, or call `start` and `stop`. Start it from a thread that lives as
     long as the server shall (the main one): Linux ties the child to the thread that made it.
     """
 
     def __init__(
-        self, store: Path | str, *, port: int = 0, host: str = "127.0.0.1", fsync_always: bool = False, name: str = ""
+        self,
+        store: Path | str,
+        *,
+        port: int = 0,
+        host: str = "127.0.0.1",
+        fsync_always: bool = False,
+        name: str = "",
+        extra: str = "",
     ) -> None:
         self.store = Path(store).absolute()
         self.host = host
         self.port = port
         self.fsync_always = fsync_always
         self.name = name or "longshore"
+        self.extra = extra
         self._process: subprocess.Popen[bytes] | None = None
         self._lock: int | None = None
 
@@ -120,15 +131,16 @@ class EmbeddedServer:
             assert self._lock is not None
             # A session of its own: Ctrl-C at the terminal is for us, and we stop the server after its clients. The
             # lock goes along, so that the directory counts as in use until the last of both processes is gone.
-            self._process = subprocess.Popen(
-                [str(binary), "-c", str(config)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                preexec_fn=ending_with_parent(),
-                pass_fds=(self._lock,),
-            )
+            with (self.store / "nats-server.err").open("wb") as words:
+                self._process = subprocess.Popen(
+                    [str(binary), "-c", str(config)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=words,
+                    start_new_session=True,
+                    preexec_fn=ending_with_parent(),
+                    pass_fds=(self._lock,),
+                )
             deadline = time.monotonic() + READY_SECONDS
             while not self._is_ready(ports / f"nats-server_{self._process.pid}.ports"):
                 if self._process.poll() is not None:
@@ -155,6 +167,7 @@ class EmbeddedServer:
                 log=json.dumps(str(self.store / "nats-server.log")),
                 store=json.dumps(str(self.store)),
                 sync="sync_interval: always" if self.fsync_always else "",
+                extra=self.extra,
             )
         )
         return config
@@ -175,8 +188,11 @@ class EmbeddedServer:
         return True
 
     def _last_words(self) -> str:
-        """The last complaint in the server's log."""
+        """The last complaint in the server's log; of a server that cannot read its configuration, what it said."""
         try:
+            # Only what comes before the log is open stands there.
+            if said := (self.store / "nats-server.err").read_text(errors="replace").strip():
+                return said.removeprefix("nats-server: ").splitlines()[-1]
             lines = (self.store / "nats-server.log").read_text(errors="replace").splitlines()
         except OSError:
             return "it left no log"
