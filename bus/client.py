@@ -318,6 +318,7 @@ __all__ = [
     "Answer",
     "Chunk",
     "Client",
+    "ConnectionOptions",
     "Patience",
     "RequestFailed",
     "RequestFields",
