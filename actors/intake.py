@@ -183,6 +183,14 @@ class Intake:
                 raise Refusal(
                     "bad_request", f"token id {wrong} is outside of {model}'s vocabulary of {card.vocabulary}"
                 )
+        for field, ids in (
+            ("stop_tokens", generation.stop_tokens),
+            ("logit_bias", [token for token, _ in generation.logit_bias]),
+        ):
+            wrong = next((token for token in ids if token >= card.vocabulary), None)
+            if wrong is not None:
+                text = f"{field} has token id {wrong}, outside of {model}'s vocabulary of {card.vocabulary}"
+                raise Refusal("bad_request", text)
         if generation.messages is not None and not card.chat:
             raise Refusal("bad_request", f"{model} has no chat template: send a prompt instead of messages")
         return parsed

@@ -12,15 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from actors.worker_runtime import AttachRefused, EncodedPrompt, PromptRefused, StepResult
+from actors.worker_runtime import AttachRefused, EncodedPrompt, PromptRefused, StepResult, sampling_of
 from bus.messages import Generation
 from bus.subjects import escape_model
 from loaders import CheckpointError, open_checkpoint
-from models.contract import Engine, Sampling, SequenceStart
-from models.detokenizer import Detokenizer
+from models.contract import Engine, SequenceStart
 from models.errors import ModelError
-from models.instance import Instance, load_instance
-from models.stops import StopFilter
+from models.instance import Instance, load_instance, text_decoder
+from models.sequence import answer_texts
 
 RESET_SECONDS = 30.0
 
@@ -134,29 +133,13 @@ class LocalRuntime:
             raise PromptRefused(str(error)) from error
         except Exception as error:  # tokenizers are programs of others
             raise PromptRefused(f"the tokenizer of {model} does not take this prompt: {_line(error)}") from error
-        defaults = instance.defaults.sampling
-        sampling = Sampling(
-            max_tokens=generation.max_tokens,
-            temperature=generation.temperature if generation.temperature >= 0 else defaults.temperature,
-            top_p=generation.top_p if generation.top_p >= 0 else defaults.top_p,
-            top_k=generation.top_k if generation.top_k >= 0 else defaults.top_k,
-            seed=generation.seed,
-            stop=generation.stop,
-        )
-        return EncodedPrompt(prompt, sampling)
+        return EncodedPrompt(prompt, sampling_of(generation, instance.defaults.sampling))
 
     def _texts(self, model: str, start: SequenceStart) -> tuple[str, ...]:
         instance = self._instances.get(model)
         if instance is None:
             raise AttachRefused(f"{model} is not attached here any more", retry=True)
-        tokenizer, eos = instance.tokenizer, instance.defaults.eos
-
-        def decode(tokens: list[int]) -> str:
-            text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            return text
-
-        detokenizer, stops = Detokenizer(decode, start.prompt), StopFilter(start.sampling.stop)
-        return tuple("" if token in eos else stops.push(detokenizer.push(token)) for token in start.generated)
+        return answer_texts(start, text_decoder(instance.tokenizer), instance.defaults.eos)
 
 
 def _step(model: str, engine: Engine) -> StepResult:

@@ -71,6 +71,7 @@ class Request(msgspec.Struct):
     accepted: int
     accepted_at: int
     deadline: int = 0
+    priority: int = 0
     status: Literal["queued", "running", "ended"] = "queued"
     attempt: int = 1
     worker: str = ""
@@ -123,12 +124,13 @@ class Requests(Actor):
             accepted=message.sequence,
             accepted_at=now,
             deadline=min(LATEST, now + message.deadline_ms * MILLISECOND) if message.deadline_ms else 0,
+            priority=message.priority,
             replies=[message.reply] if message.reply else [],
             spans=[],
             small=message.generation if is_small(message.generation) else None,
         )
         self.state.requests[message.request] = request
-        said = [To("placement", PlaceRequest(message.request, 1, message.model, message.sequence))]
+        said = [To("placement", self._wish(message.request, request))]
         if request.deadline:
             said.append(To("timer", SetTimer(request.deadline, message.request)))
         return said
@@ -268,7 +270,11 @@ class Requests(Actor):
     def _again(self, name: str, request: Request) -> list[To]:
         request.status, request.worker = "queued", ""
         request.attempt += 1
-        return [To("placement", PlaceRequest(name, request.attempt, request.model, request.accepted))]
+        return [To("placement", self._wish(name, request))]
+
+    @staticmethod
+    def _wish(name: str, request: Request) -> PlaceRequest:
+        return PlaceRequest(name, request.attempt, request.model, request.accepted, request.priority)
 
     def _stop(self, name: str, reason: Literal["cancelled", "deadline"], now: int) -> list[To]:
         request = self.state.requests.get(name)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from actors.worker_runtime import AttachRefused, EncodedPrompt, StepResult
+from actors.worker_runtime import AttachRefused, EncodedPrompt, StepResult, sampling_of
 from bus.messages import Generation
 from models.contract import Engine, Sampling, SequenceStart
-from models.stops import StopFilter
-from models.stub import StubEngine
+from models.stub import StubEngine, stub_texts
 
 VOCABULARY = 1000
 
@@ -68,19 +67,10 @@ class StubRuntime:
             prompt = tuple("".join(f"{m.role}: {m.content}\n" for m in generation.messages).encode())
         else:
             prompt = tuple((generation.prompt or "").encode())
-        sampling = Sampling(
-            max_tokens=generation.max_tokens,
-            temperature=max(0.0, generation.temperature),
-            top_p=generation.top_p if generation.top_p > 0 else 1.0,
-            top_k=max(0, generation.top_k),
-            seed=generation.seed,
-            stop=generation.stop,
-        )
-        return EncodedPrompt(prompt, sampling)
+        return EncodedPrompt(prompt, sampling_of(generation, Sampling(max_tokens=1)))
 
     async def texts(self, model: str, start: SequenceStart) -> tuple[str, ...]:
-        stops = StopFilter(start.sampling.stop)
-        return tuple("" if token in self.eos else stops.push(f"tok{token} ") for token in start.generated)
+        return stub_texts(start, self.eos)
 
     async def cancel(self, sequences: Sequence[tuple[Engine, str]]) -> None:
         for engine, key in sequences:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from dataclasses import replace
 
 from actors.driver import FACTS_IN_FLIGHT, Epoch
 from actors.driver_core import Effect, EpochOver
@@ -234,14 +235,7 @@ class _Work:
             raise PromptRefused(
                 f"the prompt has {prompt_tokens} tokens, the context of {model} is {engine.context}: shorten it"
             )
-        return Sampling(
-            max_tokens=min(sampling.max_tokens, engine.context - prompt_tokens),
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=sampling.seed,
-            stop=sampling.stop,
-        )
+        return replace(sampling, max_tokens=min(sampling.max_tokens, engine.context - prompt_tokens))
 
     def _refuse(self, sequence: HeldSequence, reason: str, *, retry: bool = False) -> None:
         effect = sequence.effect

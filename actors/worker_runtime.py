@@ -28,6 +28,24 @@ class EncodedPrompt(NamedTuple):
     sampling: Sampling
 
 
+def sampling_of(generation: Generation, defaults: Sampling) -> Sampling:
+    """How to sample, with the model's defaults where the request says nothing."""
+    return Sampling(
+        max_tokens=generation.max_tokens,
+        temperature=generation.temperature if generation.temperature >= 0 else defaults.temperature,
+        top_p=generation.top_p if generation.top_p >= 0 else defaults.top_p,
+        top_k=generation.top_k if generation.top_k >= 0 else defaults.top_k,
+        seed=generation.seed,
+        stop=generation.stop,
+        min_tokens=generation.min_tokens,
+        stop_tokens=generation.stop_tokens,
+        repetition_penalty=generation.repetition_penalty,
+        presence_penalty=generation.presence_penalty,
+        frequency_penalty=generation.frequency_penalty,
+        logit_bias=generation.logit_bias,
+    )
+
+
 class StepResult(NamedTuple):
     """What one engine said in one step, or the error that it broke off with (empty where there is none)."""
 

@@ -17,6 +17,7 @@ import msgspec
 
 from bus.messages.envelope import OUTPUT_LIMIT_BYTES, encode
 from bus.messages.requests import (
+    PRIORITY_LIMIT,
     PROMPT_LIMIT_BYTES,
     TOKENS_LIMIT,
     ChatMessage,
@@ -49,6 +50,11 @@ DEFAULT_CLIENT = "anonymous"
 NAME_LIMIT = 200
 STOP_LIMIT = 8
 STOP_LENGTH_LIMIT = 256
+STOP_TOKENS_LIMIT = 32
+BIAS_ENTRIES_LIMIT = 300
+BIAS_LIMIT = 100
+REPETITION_LIMIT = 10
+PENALTY_LIMIT = 2
 TOKEN_LIMIT = 2**31 - 1
 SEED_LIMIT = 2**63 - 1
 POSITION_LIMIT = 2**53
@@ -197,6 +203,36 @@ def _stop(name: str, value: Any) -> tuple[str, ...]:
     )
 
 
+def _stop_tokens(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > STOP_TOKENS_LIMIT:
+        raise bad(f"{name} must be a list of at most {STOP_TOKENS_LIMIT} token ids, got {shown(value)}")
+    check = _whole(0, TOKEN_LIMIT)
+    return tuple(sorted({check(f"{name}[{i}]", token) for i, token in enumerate(value)}))
+
+
+def _bias_token(name: str, key: Any) -> int:
+    """A token id as a key: MessagePack has whole numbers there, JSON decimal text."""
+    if isinstance(key, str) and len(key) <= 10 and key.isascii() and key.isdigit() and str(int(key)) == key:
+        key = int(key)
+    if isinstance(key, int) and not isinstance(key, bool) and 0 <= key <= TOKEN_LIMIT:
+        return key
+    raise bad(f"{name} must have token ids from 0 to {TOKEN_LIMIT} as keys, got {shown(key)}")
+
+
+def _logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    if not isinstance(value, dict) or len(value) > BIAS_ENTRIES_LIMIT:
+        what = f"an object of at most {BIAS_ENTRIES_LIMIT} token ids with numbers"
+        raise bad(f"{name} must be {what}, got {shown(value)}")
+    check = _real(-BIAS_LIMIT, BIAS_LIMIT)
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        token = _bias_token(name, key)
+        if token in biases:
+            raise bad(f"{name} has token id {token} twice")
+        biases[token] = check(f"{name}[{token}]", bias)
+    return tuple(sorted(biases.items()))
+
+
 _INFER: dict[str, Check] = {
     "prompt": _prompt,
     "messages": _messages,
@@ -207,6 +243,13 @@ _INFER: dict[str, Check] = {
     "top_k": _whole(0, TOKEN_LIMIT),
     "seed": _whole(0, SEED_LIMIT),
     "stop": _stop,
+    "stop_tokens": _stop_tokens,
+    "min_tokens": _whole(0, TOKENS_LIMIT),
+    "repetition_penalty": _real(0, REPETITION_LIMIT, above=True),
+    "presence_penalty": _real(-PENALTY_LIMIT, PENALTY_LIMIT),
+    "frequency_penalty": _real(-PENALTY_LIMIT, PENALTY_LIMIT),
+    "logit_bias": _logit_bias,
+    "priority": _whole(-PRIORITY_LIMIT, PRIORITY_LIMIT),
     "client": _name,
     "key": _name,
     "deadline_ms": _whole(0, DEADLINE_LIMIT_MS),
@@ -284,11 +327,32 @@ def parse_infer(payload: bytes, content_type: str | None, model: str, *, default
         top_k=values.get("top_k", -1),
         seed=values.get("seed", int(request[:12], 16)),
         stop=values.get("stop", ()),
+        **_changed(values, _LATER_FIELDS),
     )
-    fact = RequestAccepted(request, client, key, model, generation, deadline_ms=values.get("deadline_ms", 0))
+    if generation.min_tokens > generation.max_tokens:
+        raise bad(f"min_tokens must be at most max_tokens, {generation.max_tokens}, got {generation.min_tokens}")
+    fact = RequestAccepted(
+        request, client, key, model, generation, deadline_ms=values.get("deadline_ms", 0), **_changed(values, _PRIORITY)
+    )
     if len(payload) > _UNCHECKED_BYTES and (size := len(encode(fact)) + 1024) > OUTPUT_LIMIT_BYTES:
         raise Refusal("too_large", f"the request takes {size} bytes as JSON, at most {OUTPUT_LIMIT_BYTES} are taken")
     return ParsedRequest(fact, values.get("from", 0), values.get("stream", True), encoding)
+
+
+_LATER_FIELDS = {
+    "min_tokens": 0,
+    "stop_tokens": (),
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logit_bias": (),
+}
+_PRIORITY = {"priority": 0}
+
+
+def _changed(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The fields that say something other than their default: whoever states a default says nothing, to the byte."""
+    return {name: values[name] for name, default in defaults.items() if values.get(name, default) != default}
 
 
 def parse_resume(payload: bytes, content_type: str | None) -> ParsedResume:

@@ -194,6 +194,25 @@ async def ask(
     top_k: Annotated[int | None, typer.Option("--top-k", help="Sample from so many candidates; 0 for all.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same sample.")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")] = None,
+    stop_token: Annotated[
+        list[int] | None, typer.Option("--stop-token", metavar="ID", help="End at this token; may be repeated.")
+    ] = None,
+    min_tokens: Annotated[int | None, typer.Option("--min-tokens", help="No end before so many tokens.")] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option("--repetition-penalty", help="Above 1: less of what was said in prompt or answer.")
+    ] = None,
+    presence_penalty: Annotated[
+        float | None, typer.Option("--presence-penalty", help="-2 to 2; above 0: less of what the answer has said.")
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None,
+        typer.Option("--frequency-penalty", help="-2 to 2; above 0: the less, the oftener it was said."),
+    ] = None,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option("--logit-bias", metavar="ID=NUMBER", help="Add this to the token's logit; may be repeated."),
+    ] = None,
+    priority: Annotated[int | None, typer.Option("--priority", help="-100 to 100; larger goes first.")] = None,
     key: Annotated[
         str | None, typer.Option("--key", help="Idempotency key: the same one attaches to its answer.")
     ] = None,
@@ -214,6 +233,9 @@ async def ask(
         messages = [{"role": "system", "content": system}] if system is not None else []
         given = {"messages": [*messages, {"role": "user", "content": text}]}
     given |= {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    given |= {"min_tokens": min_tokens, "stop_tokens": stop_token or None, "priority": priority}
+    given |= {"repetition_penalty": repetition_penalty, "logit_bias": _biases(logit_bias)}
+    given |= {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
     async with connected(nats, cell) as bus:
         client = Client(bus, cell, patience=Patience(nobody=2.0))
         try:
@@ -221,6 +243,18 @@ async def ask(
             await _print_answer(client, answer, as_json)
         except RequestFailed as failure:
             raise _told(failure, as_json) from None
+
+
+def _biases(options: list[str] | None) -> dict[str, float] | None:
+    """ID=NUMBER options as the field that they stand for."""
+    biases = {}
+    for option in options or ():
+        token, _, number = option.partition("=")
+        try:
+            biases[str(int(token))] = float(number)
+        except ValueError:
+            raise UserError(f"--logit-bias must be ID=NUMBER, such as 42=-100, got {option}") from None
+    return biases or None
 
 
 async def _print_answer(client: Client, answer: Answer, as_json: bool) -> None:

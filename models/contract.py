@@ -26,7 +26,13 @@ class Sampling:
 
     `max_tokens` counts tokens of the answer, an end-of-sequence token included. `temperature` 0 takes the most likely
     token; `top_k` 0 and `top_p` 1 leave every token in. `seed` may be any integer: its low 64 bits count. `stop` holds
-    strings that end the answer as soon as one of them is complete in its text; it is not shown.
+    strings that end the answer as soon as one of them is complete in its text; it is not shown. `stop_tokens` end it
+    beside the model's own end-of-sequence tokens. None of these do before there are `min_tokens` tokens: an end of
+    sequence is never chosen among the first `min_tokens`, and a stop string that is complete before counts as text.
+
+    Logits change in this order, all of it following from prompt and tokens so far alone: those of tokens that stand in
+    the prompt or the answer are divided by `repetition_penalty` where positive, multiplied where negative; tokens of
+    the answer lose `presence_penalty` once and `frequency_penalty` for each time; `logit_bias` is added.
     """
 
     max_tokens: int
@@ -35,6 +41,17 @@ class Sampling:
     top_k: int = 0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    min_tokens: int = 0
+    stop_tokens: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def penalises(self) -> bool:
+        """Whether logits depend on the tokens so far, beyond what the model makes of them."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,5 +141,20 @@ def check_start(start: SequenceStart, *, context: int, vocabulary: int) -> None:
         raise AdmissionRefused(f"top_p is {sampling.top_p}: use a number above 0 and up to 1.")
     if sampling.top_k < 0:
         raise AdmissionRefused(f"top_k is {sampling.top_k}: use 0 (all tokens) or a positive number.")
+    if sampling.min_tokens < 0:
+        raise AdmissionRefused(f"min_tokens is {sampling.min_tokens}: use 0 or a positive number.")
+    if not 0.0 < sampling.repetition_penalty < float("inf"):
+        raise AdmissionRefused(f"repetition_penalty is {sampling.repetition_penalty}: use a positive number.")
+    for name in ("presence_penalty", "frequency_penalty"):
+        if not float("-inf") < getattr(sampling, name) < float("inf"):
+            raise AdmissionRefused(f"{name} is {getattr(sampling, name)}: use a number.")
+    for token, bias in sampling.logit_bias:
+        if not 0 <= token < vocabulary:
+            raise AdmissionRefused(f"logit_bias has token id {token}, outside the vocabulary of {vocabulary}.")
+        if not float("-inf") < bias < float("inf"):
+            raise AdmissionRefused(f"logit_bias of token id {token} is {bias}: use a number.")
+    for token in sampling.stop_tokens:
+        if not 0 <= token < vocabulary:
+            raise AdmissionRefused(f"stop_tokens has token id {token}, outside the vocabulary of {vocabulary}.")
     if any(not stop for stop in sampling.stop):
         raise AdmissionRefused("A stop string is empty: remove it.")

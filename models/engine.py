@@ -20,6 +20,7 @@ from models.errors import ModelError
 from models.masks import masks
 from models.sampling import choose
 from models.sequence import Sequence
+from models.shaping import shape
 from models.slot_cache import SlotCache, bytes_per_token
 
 DEFAULT_PREFILL_CHUNK = 256
@@ -163,7 +164,10 @@ class SlotEngine:
             return []
         answering = [rows[index] for index in ready]
         last = logits if len(ready) == len(rows) else logits[ready]
-        tokens = choose(last, [row.start.sampling for row in answering], [row.position for row in answering])
+        places = [row.position for row in answering]
+        if any(row.shaping is not None for row in answering):
+            last = shape(last, [row.shaping for row in answering], places)
+        tokens = choose(last, [row.start.sampling for row in answering], places)
         return [self._absorb(row, token) for row, token in zip(answering, tokens, strict=True)]
 
     def _forward(self, rows: list[Sequence], counts: list[int]) -> torch.Tensor:

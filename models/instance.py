@@ -92,7 +92,7 @@ def load_instance(
     engine = SlotEngine(
         model,
         architecture,
-        _decode(tokenizer),
+        text_decoder(tokenizer),
         eos=defaults.eos,
         kv_bytes=kv_bytes,
         context=longest,
@@ -121,10 +121,12 @@ def load_model(
 
 def load_decode(directory: Path) -> Decode:
     """The text of tokens, by the tokenizer of this directory; ModelError."""
-    return _decode(_tokenizer(directory))
+    return text_decoder(_tokenizer(directory))
 
 
-def _decode(tokenizer: Any) -> Decode:
+def text_decoder(tokenizer: Any) -> Decode:
+    """The text of tokens, special ones left out."""
+
     def decode(tokens: list[int]) -> str:
         text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text

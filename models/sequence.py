@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from models.contract import NO_TOKEN, SequenceStart, TokenEvent
 from models.detokenizer import Decode, Detokenizer
+from models.shaping import Shaping, needs_shaping
 from models.stops import StopFilter
 
 
 class Sequence:
     """`tokens` is prompt and answer; `cached` of them are in the KV cache, at `slot`; `poisoned`
-    when its numbers were not finite.
+    when its numbers were not finite; `shaping` is None where the request changes no logits.
 
     Text and end follow from the tokens alone: an answer that is continued elsewhere goes on with the same pieces.
     """
@@ -23,6 +27,7 @@ class Sequence:
         "cached",
         "ended",
         "poisoned",
+        "shaping",
         "slot",
         "start",
         "tokens",
@@ -36,7 +41,8 @@ class Sequence:
         self.poisoned = False
         self.ended: str | None = None
         self._decode = decode
-        self._eos = eos
+        self._eos = eos.union(start.sampling.stop_tokens) if start.sampling.stop_tokens else eos
+        self.shaping = Shaping(start.sampling, start.prompt, self._eos) if needs_shaping(start.sampling) else None
         self._context = context
         self._detokenizer: Detokenizer | None = None
         self._stops = StopFilter(start.sampling.stop)
@@ -72,9 +78,12 @@ class Sequence:
     def _text(self, token: int, answered: int) -> tuple[str, str | None]:
         """Text piece and end of a token of the answer, `answered` tokens of it included."""
         assert self._detokenizer is not None
-        if token in self._eos:
+        if self.shaping is not None:
+            self.shaping.take(token)
+        least = self.start.sampling.min_tokens
+        if token in self._eos and answered > least:
             return self._rest(), "stop"
-        text = self._stops.push(self._detokenizer.push(token))
+        text = self._stops.push(self._detokenizer.push(token), armed=answered >= least)
         if self._stops.stopped:
             return text, "stop"
         if answered >= self.start.sampling.max_tokens or len(self.start.prompt) + answered >= self._context:
@@ -86,3 +95,11 @@ class Sequence:
         assert self._detokenizer is not None
         text = self._stops.push(self._detokenizer.flush())
         return text + self._stops.flush()
+
+
+def answer_texts(start: SequenceStart, decode: Decode, eos: Iterable[int]) -> tuple[str, ...]:
+    """The pieces of text of the tokens in `start.generated`, as they were when these were decoded."""
+    unlimited = len(start.prompt) + len(start.generated) + 1
+    sequence = Sequence(replace(start, generated=()), 0, decode, frozenset(eos), unlimited)
+    sequence.replay()
+    return tuple(sequence.take(token).text for token in start.generated)

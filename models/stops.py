@@ -8,7 +8,8 @@ class StopFilter:
 
     Text that may become a stop string is held back until it is certain that it will not; the stop string and what
     follows it are never shown. What is shown follows from the pieces alone. Holds less text than the longest stop
-    string; each piece costs its own length times the stop strings.
+    string; each piece costs its own length times the stop strings. While it is not `armed`, what is complete is text
+    like any other; a stop string that begins there and is complete later counts.
     """
 
     __slots__ = ("_held", "_stops", "stopped")
@@ -18,7 +19,7 @@ class StopFilter:
         self._held = ""
         self.stopped = False
 
-    def push(self, piece: str) -> str:
+    def push(self, piece: str, *, armed: bool = True) -> str:
         """Take the next piece and return what may be shown now."""
         if self.stopped or not piece:
             return ""
@@ -26,7 +27,7 @@ class StopFilter:
             return piece
         text = self._held + piece
         # The one that is complete first counts, so that the pieces' borders change nothing.
-        complete = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        complete = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0] if armed else []
         if complete:
             self.stopped = True
             self._held = ""

@@ -1,13 +1,15 @@
 """An engine without a model: deterministic tokens at no cost, for tests and benches of everything around an engine.
 
-Token at a position = hash of (prompt, seed, position); its text is "tok<token> ". Same contract as the real engine.
+Token at a position = hash of (prompt, seed, position); its text is "tok<token> ". Same contract as the real engine,
+with penalties as strict as can be: a sequence that asks for any passes over the tokens it has said (or, by a repetition
+penalty, that its prompt has), one with a bias over those that it makes less likely.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models.contract import NO_TOKEN, AdmissionRefused, Engine, SequenceStart, TokenEvent, check_start
 from models.stops import StopFilter
@@ -21,6 +23,8 @@ class _Stubbed:
     position: int
     prefill_left: int
     ended: str | None
+    passed: set[int]
+    eos: frozenset[int]
 
 
 class StubEngine:
@@ -55,6 +59,10 @@ class StubEngine:
             raise AdmissionRefused(f"All {self.slots} KV slots are taken: wait until a sequence ends.")
         check_start(start, context=self.context, vocabulary=self._vocabulary)
         facts = repr((start.prompt, start.sampling.seed & (2**64 - 1)))
+        sampling = start.sampling
+        passed = {token for token, bias in sampling.logit_bias if bias < 0}
+        if sampling.repetition_penalty != 1.0:
+            passed.update(start.prompt)
         sequence = _Stubbed(
             start=start,
             digest=hashlib.blake2b(facts.encode(), digest_size=16).digest(),
@@ -62,6 +70,8 @@ class StubEngine:
             position=0,
             prefill_left=len(start.prompt) + len(start.generated),
             ended=None,
+            passed=passed,
+            eos=self._eos.union(sampling.stop_tokens),
         )
         for token in start.generated:
             sequence.ended = self._take(sequence, token)[1] or sequence.ended
@@ -102,19 +112,39 @@ class StubEngine:
 
     def _token(self, sequence: _Stubbed) -> int:
         facts = sequence.digest + sequence.position.to_bytes(8, "little")
-        return int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest(), "little") % self._vocabulary
+        token = int.from_bytes(hashlib.blake2b(facts, digest_size=8).digest(), "little") % self._vocabulary
+        early = sequence.position < sequence.start.sampling.min_tokens
+        for _ in range(self._vocabulary):
+            if token not in sequence.passed and not (early and token in sequence.eos):
+                break
+            token = (token + 1) % self._vocabulary
+        return token
 
     def _take(self, sequence: _Stubbed, token: int) -> tuple[str, str | None]:
         """Text and end of the token at the sequence's position."""
         sequence.position += 1
-        stopped = token in self._eos
-        text = "" if stopped else sequence.stops.push(f"tok{token} ")
+        sampling = sequence.start.sampling
+        if sampling.penalises:
+            sequence.passed.add(token)
+        stopped = token in sequence.eos and sequence.position > sampling.min_tokens
+        armed = sequence.position >= sampling.min_tokens
+        text = "" if stopped else sequence.stops.push(f"tok{token} ", armed=armed)
         if stopped or sequence.stops.stopped:
             return text + sequence.stops.flush(), "stop"
         full = len(sequence.start.prompt) + sequence.position >= self.context
-        if full or sequence.position >= sequence.start.sampling.max_tokens:
+        if full or sequence.position >= sampling.max_tokens:
             return text + sequence.stops.flush(), "length"
         return text, None
+
+
+def stub_texts(start: SequenceStart, eos: frozenset[int]) -> tuple[str, ...]:
+    """The pieces of text of the tokens in `start.generated`, as they were when these were decoded."""
+    longest = len(start.prompt) + len(start.generated) + 1
+    engine = StubEngine(slots=1, context=longest, vocabulary=2**31, eos=eos)
+    sampling = replace(start.sampling, max_tokens=longest)
+    engine.admit(replace(start, generated=(), sampling=sampling))
+    sequence = engine._sequences[start.key]
+    return tuple(engine._take(sequence, token)[0] for token in start.generated)
 
 
 _KEEPS_THE_CONTRACT: type[Engine] = StubEngine  # for the type checker

@@ -14,7 +14,10 @@ PROMPT_LIMIT_BYTES = 400_000
 TOKENS_LIMIT = 1_000_000
 SMALL_CHARACTERS = 1024
 
+PRIORITY_LIMIT = 100
+
 Encoding = Literal["json", "msgpack"]
+Priority = Annotated[int, Meta(ge=-PRIORITY_LIMIT, le=PRIORITY_LIMIT)]
 Outcome = Literal["finished", "failed", "cancelled", "deadline", "quarantined"]
 
 
@@ -26,7 +29,9 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Generation(msgspec.Struct, frozen=True, omit_defaults=True):
     """What to compute: exactly one of prompt, messages and tokens, and how to sample.
 
-    `temperature` -1 and `top_p` -1 and `top_k` -1 mean: as the model's generation_config says.
+    `temperature` -1 and `top_p` -1 and `top_k` -1 mean: as the model's generation_config says. `stop_tokens` end the
+    answer beside the model's own; neither they nor `stop` do before `min_tokens`. `logit_bias`: (token id, what is
+    added to its logit), by rising id.
     """
 
     max_tokens: Positive
@@ -38,11 +43,18 @@ class Generation(msgspec.Struct, frozen=True, omit_defaults=True):
     top_k: int = -1
     seed: int = 0
     stop: tuple[str, ...] = ()
+    min_tokens: int = 0
+    stop_tokens: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 def is_small(generation: Generation) -> bool:
     """Whether what to compute is so small that messages may carry it instead of citing it."""
     size = len(generation.prompt or "") + 4 * len(generation.tokens or ()) + sum(len(s) for s in generation.stop)
+    size += 4 * len(generation.stop_tokens) + 16 * len(generation.logit_bias)
     for message in generation.messages or ():
         size += len(message.content) + 32
     return size <= SMALL_CHARACTERS
@@ -68,7 +80,8 @@ def request_id(client: str, key: str) -> str:
 class RequestAccepted(Message, frozen=True, tag="request.accepted"):
     """Intake has accepted a request. A repeated one attaches its reader to the request that exists.
 
-    `deadline_ms` counts from acceptance, 0 for none. `sequence` is filled in by the cell: where this fact stands.
+    `deadline_ms` counts from acceptance, 0 for none. `priority`: larger goes first; placement does not look at it yet.
+    `sequence` is filled in by the cell: where this fact stands.
     """
 
     request: Name
@@ -79,6 +92,7 @@ class RequestAccepted(Message, frozen=True, tag="request.accepted"):
     reply: ReplyTo | None = None
     deadline_ms: Count = 0
     sequence: int = 0
+    priority: Priority = 0
 
 
 class CancelRequested(Message, frozen=True, tag="cancel.requested"):
@@ -112,6 +126,7 @@ class PlaceRequest(Message, frozen=True, tag="request.place"):
     attempt: Positive
     model: Name
     accepted: Positive
+    priority: Priority = 0
 
 
 class RequestPlaced(Message, frozen=True, tag="request.placed"):

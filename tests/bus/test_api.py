@@ -49,6 +49,8 @@ def test_every_field_arrives_in_both_encodings() -> None:
     body = {
         "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "temperature": 0, "top_p": 0.5, "top_k": 4,
         "seed": 9, "stop": "x", "client": "shop", "key": "k", "deadline_ms": 10, "from": 2, "stream": False,
+        "min_tokens": 2, "stop_tokens": [7, 5, 7], "repetition_penalty": 1.5, "presence_penalty": -1,
+        "frequency_penalty": 0.25, "logit_bias": {"10": -100, "9": 3}, "priority": -7,
     }  # fmt: skip
     one = parse(body)
     other = parse(msgspec.msgpack.encode(body), MSGPACK)
@@ -56,6 +58,12 @@ def test_every_field_arrives_in_both_encodings() -> None:
     generation = one.accepted.generation
     assert (generation.max_tokens, generation.temperature, generation.top_k, generation.seed) == (3, 0.0, 4, 9)
     assert generation.stop == ("x",) and one.accepted.deadline_ms == 10
+    assert (generation.min_tokens, generation.stop_tokens) == (2, (5, 7))
+    penalties = (generation.repetition_penalty, generation.presence_penalty, generation.frequency_penalty)
+    assert penalties == (1.5, -1.0, 0.25)
+    assert generation.logit_bias == ((9, 3.0), (10, -100.0)) and one.accepted.priority == -7
+    numbered = msgspec.msgpack.encode(body | {"logit_bias": {9: 3, 10: -100}})
+    assert parse(numbered, MSGPACK).accepted == one.accepted
     assert one.fact("r").reply == ReplyTo("r", 2, "json", True)
 
 
@@ -64,6 +72,21 @@ def test_a_repeat_gets_the_same_id_and_seed_and_another_request_gets_others() ->
     assert one.accepted == two.accepted
     assert parse({"prompt": "a"}).request != parse({"prompt": "a"}).request
     assert parse({"prompt": "a", "key": "l"}).accepted.generation.seed != one.accepted.generation.seed
+
+
+def test_a_field_that_says_its_default_says_nothing_to_the_byte() -> None:
+    """Ledgers of before these fields stay as they are, and a repeat that spells defaults out is the same request."""
+    body = {"prompt": "a", "key": "k", "seed": 1, "temperature": 0, "top_p": 0.5}
+    plain = encode(parse(body).accepted)
+    assert plain == (
+        b'{"kind":"request.accepted","request":"d6df01a1e2f9d41ffd37cfb020133433","client":"anonymous","key":"k",'
+        b'"model":"llama-a","generation":{"max_tokens":256,"prompt":"a","temperature":0.0,"top_p":0.5,"seed":1}}'
+    )
+    spelled = {
+        "min_tokens": 0, "stop_tokens": [], "repetition_penalty": 1, "presence_penalty": -0.0, "frequency_penalty": 0,
+        "logit_bias": {}, "priority": 0,
+    }  # fmt: skip
+    assert encode(parse(body | spelled).accepted) == plain
 
 
 def test_null_counts_as_absent() -> None:
@@ -77,6 +100,7 @@ def test_a_default_key_stands_in_for_an_absent_one_only() -> None:
 
 STOP = "stop must be a text or a list of at most 8 texts, each of 1 to 256 characters, got "
 NAME = "client must be a text of 1 to 200 characters without a zero byte, got "
+BIAS_KEYS = "logit_bias must have token ids from 0 to 2147483647 as keys, got "
 REFUSED: list[tuple[Any, str]] = [
     ({"prompt": ""}, "prompt must not be empty"),
     ({"prompt": 3}, "prompt must be a text, got 3"),
@@ -100,6 +124,17 @@ REFUSED: list[tuple[Any, str]] = [
     ({"messages": [{"r": 1}]}, 'messages[0] must have exactly the fields role and content, got {"r": 1}'),
     ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content must be a text, got 1"),
     ({"prompt": "a", "client": "\0"}, NAME + '"\\u0000"'),
+    ({"prompt": "a", "max_tokens": 3, "min_tokens": 4}, "min_tokens must be at most max_tokens, 3, got 4"),
+    ({"prompt": "a", "stop_tokens": 3}, "stop_tokens must be a list of at most 32 token ids, got 3"),
+    ({"prompt": "a", "stop_tokens": [-1]}, "stop_tokens[0] must be a whole number from 0 to 2147483647, got -1"),
+    ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty must be a number above 0 and at most 10, got 0"),
+    ({"prompt": "a", "presence_penalty": 2.5}, "presence_penalty must be a number from -2 to 2, got 2.5"),
+    ({"prompt": "a", "frequency_penalty": "x"}, 'frequency_penalty must be a number from -2 to 2, got "x"'),
+    ({"prompt": "a", "logit_bias": [1]}, "logit_bias must be an object of at most 300 token ids with numbers, got [1]"),
+    ({"prompt": "a", "logit_bias": {"01": 1}}, BIAS_KEYS + '"01"'),
+    ({"prompt": "a", "logit_bias": {"ten": 1}}, BIAS_KEYS + '"ten"'),
+    ({"prompt": "a", "logit_bias": {"9": 101}}, "logit_bias[9] must be a number from -100 to 100, got 101"),
+    ({"prompt": "a", "priority": 101}, "priority must be a whole number from -100 to 100, got 101"),
     ([1], "the body must be an object with fields, got [1]"),
     (b"", "the body is empty: send JSON with a prompt"),
     (b"hello", "the body is not JSON: JSON is malformed: invalid character (byte 0)"),
@@ -117,8 +152,8 @@ def test_what_is_wrong_is_told_in_one_sentence(body: Any, sentence: str) -> None
 
 
 def test_an_unknown_field_without_a_neighbour_lists_the_known_ones() -> None:
-    with pytest.raises(Refusal, match=r'unknown field "logit_bias": known are prompt, messages, tokens, max_tokens,'):
-        parse({"prompt": "a", "logit_bias": {}})
+    with pytest.raises(Refusal, match=r'unknown field "zzzzzz": known are prompt, messages, tokens, max_tokens,'):
+        parse({"prompt": "a", "zzzzzz": {}})
 
 
 def test_non_finite_numbers_are_refused_where_an_encoding_has_them() -> None:
@@ -161,9 +196,17 @@ ANY_JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
     max_leaves=8,
 )
-FIELDS = st.sampled_from(
-    ["prompt", "messages", "tokens", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "client"]
-) | st.sampled_from(["key", "deadline_ms", "from", "stream", "x"])
+FIELDS = st.sampled_from([*_INFER, "x"])
+NEAR = {
+    "min_tokens": st.integers(-1, 5) | st.none(),
+    "stop_tokens": st.lists(st.integers(-1, 2**32), max_size=34),
+    "repetition_penalty": st.floats(-0.5, 10.5),
+    "presence_penalty": st.floats(-2.5, 2.5) | st.integers(-3, 3),
+    "frequency_penalty": st.floats(-2.5, 2.5),
+    "logit_bias": st.dictionaries(st.integers(-1, 2**32).map(str) | st.text(max_size=3), st.floats(-101, 101)),
+    "priority": st.integers(-102, 102),
+}
+"""Values near what the field takes: what is drawn from anything seldom gets past a type."""
 
 
 def check_never_another_exception(payload: bytes, content_type: str | None) -> None:
@@ -184,8 +227,9 @@ def test_any_bytes_give_a_request_or_a_refusal(payload: bytes, content_type: str
 
 
 @UNHURRIED
-@given(st.dictionaries(FIELDS, ANY_JSON, max_size=5), st.booleans())
-def test_any_fields_give_a_request_or_a_refusal(body: dict[str, Any], valid_prompt: bool) -> None:
+@given(st.dictionaries(FIELDS, ANY_JSON, max_size=5), st.fixed_dictionaries({}, optional=NEAR), st.booleans())
+def test_any_fields_give_a_request_or_a_refusal(body: dict[str, Any], near: dict[str, Any], valid_prompt: bool) -> None:
+    body = body | near if valid_prompt else near | body
     if valid_prompt:
         body = {key: value for key, value in body.items() if key not in ("messages", "tokens")} | {"prompt": "a"}
     check_never_another_exception(json.dumps(body).encode(), None)

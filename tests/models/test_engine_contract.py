@@ -58,7 +58,13 @@ def test_admission_computes_nothing_and_first_token_comes_with_the_last_chunk(ma
 
 
 @pytest.mark.parametrize(
-    "sampling", [{}, {"temperature": 0.9, "seed": 5}, {"temperature": 1.3, "top_k": 40, "seed": -1}]
+    "sampling",
+    [
+        {},
+        {"temperature": 0.9, "seed": 5},
+        {"temperature": 1.3, "top_k": 40, "seed": -1},
+        {"repetition_penalty": 1.5, "presence_penalty": 0.5, "min_tokens": 6, "logit_bias": ((20, -9.0), (30, 2.0))},
+    ],
 )
 def test_an_answer_goes_on_from_any_position(make, sampling):
     whole = answer(make(), start(**sampling))
@@ -87,6 +93,37 @@ def test_end_of_sequence_is_a_position_without_text(make):
     ended = answer(make(eos=(fourth,)), start())
     assert ended[:-1] == whole[:at]
     assert (ended[-1].token, ended[-1].text, ended[-1].end) == (fourth, "", "stop")
+
+
+def test_stop_tokens_end_an_answer_beside_the_end_of_sequence(make):
+    whole = answer(make(), start())
+    said = [event.token for event in whole]
+    ends = (said[8], said[3])
+    at = min(said.index(token) for token in ends)
+    for engine, first in [(make(), start(stop_tokens=ends)), (make(eos=ends[:1]), start(stop_tokens=ends[1:]))]:
+        ended = answer(engine, first)
+        assert ended[:-1] == whole[:at]
+        assert (ended[-1].token, ended[-1].text, ended[-1].end) == (said[at], "", "stop")
+
+
+def test_nothing_ends_an_answer_before_its_least_length(make):
+    whole = answer(make(), start())
+    said = [event.token for event in whole]
+    ended = answer(make(eos=(said[1],)), start(min_tokens=5, stop_tokens=(said[2],)))
+    assert len(ended) >= 5
+    assert not {said[1], said[2]} & {event.token for event in ended[:5]}
+    stop = (whole[2].text.strip(),)
+    assert len(answer(make(), start(stop=stop))) == 3
+    assert "".join(event.text for event in answer(make(), start(stop=stop, min_tokens=4))[:4]) == "".join(
+        event.text for event in whole[:4]
+    )
+    assert len(answer(make(), start(stop=stop, min_tokens=3))) == 3
+
+
+def test_a_bias_bars_a_token(make):
+    said = [event.token for event in answer(make(), start())]
+    barred = answer(make(), start(logit_bias=tuple(sorted((token, -100.0) for token in set(said)))))
+    assert not set(said) & {event.token for event in barred}
 
 
 def test_what_had_ended_already_says_so_without_a_token(make):
@@ -160,6 +197,14 @@ def test_an_answer_does_not_depend_on_its_neighbours(make):
         (start(top_p=0.0), "top_p"),
         (start(top_k=-1), "top_k"),
         (start(stop=("",)), "stop string"),
+        (start(min_tokens=-1), "min_tokens"),
+        (start(stop_tokens=(512,)), "512"),
+        (start(repetition_penalty=0.0), "repetition_penalty"),
+        (start(repetition_penalty=float("nan")), "repetition_penalty"),
+        (start(presence_penalty=float("inf")), "presence_penalty"),
+        (start(frequency_penalty=float("nan")), "frequency_penalty"),
+        (start(logit_bias=((512, 1.0),)), "512"),
+        (start(logit_bias=((5, float("nan")),)), "logit_bias"),
     ],
 )
 def test_what_cannot_be_taken_is_refused_in_one_sentence(make, first, words):
