@@ -1,4 +1,4 @@
-"""Penalties, bias and least lengths: as transformers and plain loops have them, and the same wherever an answer goes on."""
+"""Penalties, bias, least lengths: as transformers and plain loops have them, and the same wherever it goes on."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_the_engine_says_what_generate_says_with_a_repetition_penalty_and_a_leas
 def test_a_shaped_answer_goes_on_from_any_position_in_another_engine(loaded):
     rng = random.Random(7)
     changed = 0
-    for index, prompt in enumerate(loaded.prompts(seed=6, count=10)):
+    for index, prompt in enumerate(loaded.prompts(seed=6, count=5)):
         sampling = replace(
             random_sampling(rng), max_tokens=ANSWER, temperature=rng.choice((0.0, 0.8)), seed=index, top_k=30
         )
@@ -120,12 +120,12 @@ def test_a_shaped_answer_goes_on_from_any_position_in_another_engine(loaded):
         unshaped = Sampling(ANSWER, temperature=sampling.temperature, seed=index, top_k=30)
         plain.admit(SequenceStart("plain", prompt, (), unshaped))
         changed += tokens(run(plain)["plain"]) != answer
-        for cut in rng.sample(range(1, len(answer)), min(5, len(answer) - 1)):
+        for cut in rng.sample(range(1, len(answer)), min(3, len(answer) - 1)):
             other = loaded.engine(eos=range(8, 16), prefill_chunk=rng.choice((3, 64)))
             other.admit(SequenceStart("bystander", prompt[::-1], (), replace(unshaped, repetition_penalty=2.0)))
             other.admit(SequenceStart("whole", prompt, tuple(answer[:cut]), sampling))
             assert run(other)["whole"] == whole[cut:]
-    assert changed >= 6, "otherwise this shows nothing"
+    assert changed >= 3, "otherwise this shows nothing"
 
 
 def test_who_asks_for_nothing_pays_nothing(loaded, monkeypatch):
