@@ -96,6 +96,7 @@ class LocalRuntime:
                 kv_bytes=kv_bytes,
                 max_slots=slots,
                 context=context,
+                encoder=checkpoint.manifest.kind == "encoder",
             )
         except (CheckpointError, ModelError) as error:
             raise AttachRefused(str(error)) from error

@@ -91,6 +91,7 @@ class LocalStorage:
             vocabulary=max(1, manifest.vocab_size),
             architecture=manifest.architecture[:128],
             chat=_has_chat_template(path, manifest),
+            kind="encoder" if manifest.kind == "encoder" else "decoder",
         )
 
     def _load(self, model: str, digest: str) -> int:

@@ -46,7 +46,7 @@ from bus.messages import (
 from bus.pages import Page, PageEnd, encode_page
 from bus.subjects import Subjects
 from bus.tasks import Tasks
-from models.contract import NO_TOKEN, AdmissionRefused, Engine, Sampling, SequenceStart
+from models.contract import NO_TOKEN, AdmissionRefused, Engine, Sampling, SequenceStart, TokenEvent
 
 PROGRESS_SECONDS = 1.0
 PROGRESS_LIMIT = 256
@@ -312,6 +312,7 @@ class _Work:
             return
         self._troubled.pop(result.model, None)
         for event in result.events:
+            assert isinstance(event, TokenEvent), "no effect starts an embedding yet"
             sequence = self._held[event.key]
             assert event.position == len(sequence.tokens), "an engine emits every position once, in order"
             if not sequence.first_token_at:

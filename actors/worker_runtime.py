@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from bus.messages import Generation
-from models.contract import Engine, Sampling, SequenceStart, TokenEvent
+from models.contract import Engine, Event, Sampling, SequenceStart
 
 
 class AttachRefused(Exception):
@@ -50,7 +50,7 @@ class StepResult(NamedTuple):
     """What one engine said in one step, or the error that it broke off with (empty where there is none)."""
 
     model: str
-    events: list[TokenEvent]
+    events: Sequence[Event]
     error: str = ""
 
 

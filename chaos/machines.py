@@ -149,7 +149,8 @@ async def undisturbed(start: Any, context: int) -> tuple[list[int], str]:
     engine.admit(dataclasses.replace(start, generated=()))
     tokens: list[int] = []
     while True:
-        for event in engine.step():
+        events: Any = engine.step()
+        for event in events:
             tokens.append(event.token)
             if event.end is not None:
                 return tokens, event.end

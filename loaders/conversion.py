@@ -42,13 +42,15 @@ class ModuleState:
     context: int | None
     vocab_size: int
     kv_bytes_per_token: int
+    encoder: bool = False
+    """It has no language-model head: it makes embeddings only."""
 
 
 def load_module_state(source: SourceCheckpoint) -> ModuleState:
     """Loads the whole model into memory, in the dtype it is stored in. CheckpointError if anything is missing or left
     over.
     """
-    check_architecture(source)
+    encoder = check_architecture(source)
     dtype = _MODULE_DTYPES.get(source.main_dtype)
     if dtype is None:
         raise CheckpointError(
@@ -59,9 +61,9 @@ def load_module_state(source: SourceCheckpoint) -> ModuleState:
     with quiet_transformers():
         _check_config(source.directory)
         _check_tokenizer(source.directory)
-        model = _load(source.directory, dtype)
+        model = _load(source.directory, dtype, encoder=encoder)
         state = _state_of(model, source.directory)
-        probe = probe_forward(model.config, dtype)
+        probe = probe_forward(model.config, dtype, builder=_builder(encoder))
         order = [name for name in probe.order if name in state]
         order += [name for name in state if name not in set(order)]
         tensors, aliases = _untie({name: state[name] for name in order}, set(model.all_tied_weights_keys))
@@ -77,12 +79,15 @@ def load_module_state(source: SourceCheckpoint) -> ModuleState:
             layers=int(text_config.num_hidden_layers),
             context=_context(text_config),
             vocab_size=int(text_config.vocab_size),
-            kv_bytes_per_token=probe.kv_bytes_per_token,
+            kv_bytes_per_token=0 if encoder else probe.kv_bytes_per_token,
+            encoder=encoder,
         )
 
 
-def check_architecture(source: SourceCheckpoint) -> None:
-    """That transformers itself can compute this model as a decoder; no code from the checkpoint is ever run."""
+def check_architecture(source: SourceCheckpoint) -> bool:
+    """That transformers itself can compute this model, as a decoder (False) or as an encoder (True); no code from the
+    checkpoint is ever run.
+    """
     where, config = source.directory / "config.json", source.config
     model_type = config.get("model_type")
     if type(model_type) is not str:
@@ -101,13 +106,38 @@ def check_architecture(source: SourceCheckpoint) -> None:
         raise CheckpointError(
             f"{where}: transformers {version} does not know the architecture {quote(str(architectures[0]))}"
         )
+    encoder = _is_encoder(config, model_type)
     causal = auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if config.get("is_encoder_decoder") or model_type not in causal:
+    if config.get("is_encoder_decoder") or not (encoder or model_type in causal):
         raise CheckpointError(
-            f"{where}: {quote(model_type)} is not a decoder-only language model; only those can be packed"
+            f"{where}: {quote(model_type)} is not a decoder-only language model, nor an encoder that makes embeddings; "
+            "only those can be packed"
         )
     if config.get("quantization_config"):
         raise CheckpointError(f"{where}: the checkpoint is quantised, and quantised checkpoints cannot be packed yet")
+    return encoder
+
+
+def _is_encoder(config: Mapping[str, Any], model_type: str) -> bool:
+    """Whether the checkpoint holds a model without a language-model head, or one with a head for masked words, which
+    is left out. A decoder that was saved without its head counts, too: all it can do is make embeddings.
+    """
+    auto: Any = transformers.models.auto.modeling_auto
+    causal, masked = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if model_type not in auto.MODEL_MAPPING_NAMES or not (model_type in causal or model_type in masked):
+        return False
+    architectures = config.get("architectures")
+    if type(architectures) is not list or not architectures:
+        return model_type in masked and not config.get("is_decoder")
+    named = str(architectures[0])
+    bare = auto.MODEL_MAPPING_NAMES[model_type]
+    if named in ((bare,) if isinstance(bare, str) else bare):
+        return True
+    return bool(named == masked.get(model_type) and named != causal.get(model_type))
+
+
+def _builder(encoder: bool) -> Any:
+    return transformers.AutoModel if encoder else transformers.AutoModelForCausalLM
 
 
 @contextmanager
@@ -127,9 +157,9 @@ def quiet_transformers() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _load(directory: Path, dtype: torch.dtype) -> Any:
+def _load(directory: Path, dtype: torch.dtype, *, encoder: bool) -> Any:
     try:
-        loader: Any = transformers.AutoModelForCausalLM
+        loader: Any = _builder(encoder)
         model, found = loader.from_pretrained(
             directory,
             dtype=dtype,
@@ -148,6 +178,8 @@ def _load(directory: Path, dtype: torch.dtype) -> Any:
         raise CheckpointError(
             f"{directory}: the shape of {enumerate_some(mismatched)} is not the one that config.json asks for"
         )
+    if encoder:
+        _leave_out_heads(model, found)
     missing = sorted(found["missing_keys"])
     if missing:
         raise CheckpointError(f"{directory}: the weights lack {enumerate_some(missing)}, which the model needs")
@@ -159,6 +191,18 @@ def _load(directory: Path, dtype: torch.dtype) -> Any:
     if found["error_msgs"]:
         raise CheckpointError(f"{directory}: transformers cannot load it: {found['error_msgs'][0]}")
     return model.eval()
+
+
+def _leave_out_heads(model: Any, found: dict[str, Any]) -> None:
+    """An encoder's heads are of no use for embeddings: the one for masked words that a checkpoint has beside the model
+    itself, and the pooler of a checkpoint that was saved without one.
+    """
+    if type(model).__name__ not in (model.config.architectures or []):
+        own = f"{model.base_model_prefix}."
+        found["unexpected_keys"] = [key for key in found["unexpected_keys"] if key.startswith(own)]
+    if any(key.startswith("pooler.") for key in found["missing_keys"]):
+        model.pooler = None
+        found["missing_keys"] = [key for key in found["missing_keys"] if not key.startswith("pooler.")]
 
 
 def _check_config(directory: Path) -> None:

@@ -24,14 +24,15 @@ class ForwardProbe:
     complete: bool
 
 
-def probe_forward(config: Any, dtype: torch.dtype) -> ForwardProbe:
-    """Runs one forward pass without data. Where the model's code needs data (some routers do), the pass ends early:
+def probe_forward(config: Any, dtype: torch.dtype, *, builder: Any = None) -> ForwardProbe:
+    """Runs one forward pass without data, of what `builder` (a class of transformers, AutoModelForCausalLM by default)
+    makes. Where the model's code needs data (some routers do), the pass ends early:
     then the order
     is what was seen until there, and the cache is computed from the configuration instead of measured."""
     order: dict[str, None] = {}
     try:
         with torch.device("meta"):
-            builder: Any = transformers.AutoModelForCausalLM
+            builder = builder or transformers.AutoModelForCausalLM
             model = builder.from_config(config, dtype=dtype).eval()
         hooks = [
             module.register_forward_pre_hook(_note_names(order, [f"{path}.{name}" if path else name for name in own]))
@@ -40,10 +41,10 @@ def probe_forward(config: Any, dtype: torch.dtype) -> ForwardProbe:
         ]
         with torch.no_grad():
             tokens = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device="meta")
-            cache = model(input_ids=tokens, use_cache=True).past_key_values
+            cache = getattr(model(input_ids=tokens, use_cache=True), "past_key_values", None)
         for hook in hooks:
             hook.remove()
-        return ForwardProbe(tuple(order), _measure_cache(cache), True)
+        return ForwardProbe(tuple(order), _measure_cache(cache) if cache is not None else 0, True)
     # Any model's own code runs here, and all it can cost is an order that is a little less good.
     except Exception:
         return ForwardProbe(tuple(order), _compute_cache(config.get_text_config(), dtype), False)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
 from loaders.errors import CheckpointError, quote
 from loaders.packed import FORMAT_VERSION, WEIGHTS_NAME, PackedHeader, checksum_of
-from loaders.reading import read_bounded, require_plain_name
+from loaders.reading import read_bounded, require_companion_name
 
 MANIFEST_NAME = "longshore.json"
 MANIFEST_LIMIT_BYTES = 1 << 20
@@ -58,7 +58,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     full.
     """
     files: dict[str, CompanionFile]
-    """The files beside the weights, by name."""
+    """The files beside the weights, by name; one in a folder of its own is `folder/name`."""
+    kind: Literal["encoder"] | msgspec.UnsetType = msgspec.UNSET
+    """`encoder`: it has no language-model head and makes embeddings only. Left out for decoders."""
     checksum: Checksum = "0" * 16
     """xxh3 of this document with this field set to zeros."""
 
@@ -94,7 +96,7 @@ def read_manifest(directory: Path) -> Manifest:
     if f"{_own_checksum(manifest):016x}" != manifest.checksum:
         raise CheckpointError(f"{path} is damaged (its checksum differs); pack the checkpoint again")
     for name in manifest.files:
-        require_plain_name(name, str(path))
+        require_companion_name(name, str(path))
     return manifest
 
 

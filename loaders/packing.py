@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import xxhash
 
 from loaders import storage
@@ -81,6 +82,7 @@ def pack_checkpoint(
             state, packed.digest, packed.checksum, records, region_bytes + data_bytes, chunk_bytes, companions
         )
         for name, content in companions.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             storage.write_file(temporary / name, content)
         storage.write_file(temporary / MANIFEST_NAME, encode_manifest(manifest))
     return read_manifest(destination)
@@ -211,6 +213,7 @@ def _describe(
         context=state.context,
         vocab_size=state.vocab_size,
         kv_bytes_per_token=state.kv_bytes_per_token,
+        kind="encoder" if state.encoder else msgspec.UNSET,
         files={
             name: CompanionFile(bytes=len(content), checksum=f"{checksum_of(content):016x}")
             for name, content in companions.items()

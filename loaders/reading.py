@@ -55,3 +55,10 @@ def require_plain_name(name: str, where: str) -> str:
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name or len(name) > 255:
         raise CheckpointError(f"{where} names the file {quote(name)}, which is not a plain file name")
     return name
+
+
+def require_companion_name(name: str, where: str) -> str:
+    """`name` when it names a file of a directory, or one in a folder directly below it; a CheckpointError otherwise."""
+    for part in name.split("/", 1):
+        require_plain_name(part, where)
+    return name

@@ -43,6 +43,9 @@ OTHER_NAMES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# What makes a vector of a sequence, in the layout of sentence-transformers; each module has a folder of its own.
+EMBEDDING_NAMES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+MODULES_LIMIT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,9 @@ def inspect_source(directory: Path) -> SourceCheckpoint:
 
 def read_companions(directory: Path) -> dict[str, bytes]:
     """Configuration, tokenizer and chat template, by name: what is copied beside the packed weights."""
-    names = sorted({*OTHER_NAMES, *TOKENIZER_NAMES, *(path.name for path in directory.glob("*.tiktoken"))})
+    tiktoken = (path.name for path in directory.glob("*.tiktoken"))
+    modules = (f"{path.name}/config.json" for path in sorted(directory.glob("[0-9]_*"))[:MODULES_LIMIT])
+    names = sorted({*OTHER_NAMES, *TOKENIZER_NAMES, *EMBEDDING_NAMES, *tiktoken, *modules})
     return {
         name: read_bounded(directory / name, COMPANION_LIMIT_BYTES) for name in names if (directory / name).exists()
     }

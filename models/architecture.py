@@ -63,6 +63,21 @@ def describe(model: Any) -> Architecture:
     return Architecture(layers, tuple(kinds.values()), _longest_context(config, name))
 
 
+def describe_encoder(model: Any) -> int:
+    """The longest input in tokens of a model that only makes embeddings; raises ModelError where it cannot be run."""
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    takes = inspect.signature(model.forward).parameters
+    for needed in ("input_ids", "attention_mask"):
+        if needed not in takes:
+            raise ModelError(f"{name} does not take {needed}, which padded batches need: choose another model.")
+    longest = _longest_context(config, name)
+    learned = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(learned, "padding_idx", None)
+    # Those that count positions behind their padding token (RoBERTa and its kin) have so many fewer.
+    return longest if padding is None else longest - int(padding) - 1
+
+
 def _layer_shape(config: PretrainedConfig) -> LayerShape:
     attention_heads = int(config.num_attention_heads)
     heads = int(getattr(config, "num_key_value_heads", None) or attention_heads)

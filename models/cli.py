@@ -29,7 +29,8 @@ def parse_size(text: str) -> int:
 def sample(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; must be empty or not exist.")],
     arch: Annotated[
-        str, typer.Option(help="llama, mistral, mixtral, qwen2, qwen3, gemma2, gpt2 or opt.", show_default=True)
+        str,
+        typer.Option(help="llama, mistral, mixtral, qwen2, qwen3, gemma2, gpt2, opt; encoders: bert, roberta."),
     ] = "llama",
     size: Annotated[str, typer.Option(help="About how many parameters: 400K, 60M, 1.1B.")] = "60M",
     seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 7,
@@ -41,6 +42,9 @@ def sample(
     tied: Annotated[
         bool | None, typer.Option("--tied/--untied", help="Share input and output embeddings; by default as usual.")
     ] = None,
+    pooling: Annotated[
+        str, typer.Option(help="Of encoders: mean, cls, lasttoken, max, mean_sqrt_len_tokens, weightedmean or none.")
+    ] = "mean",
     as_json: Annotated[bool, typer.Option("--json", help="Say what was made as one JSON object.")] = False,
 ) -> None:
     """Make a small model with random weights, in Hugging Face layout, with a tokenizer of its own.
@@ -49,19 +53,34 @@ def sample(
     """
     from models.errors import ModelError
     from models.sample import make_sample
+    from models.sample_encoder import ENCODER_ARCHITECTURES, make_encoder_sample
 
     try:
-        made = make_sample(
-            directory,
-            arch=arch,
-            parameters=parse_size(size),
-            seed=seed,
-            dtype=dtype,
-            std=std,
-            shards=shards,
-            vocabulary=vocab,
-            context=context,
-            tied=tied,
+        made = (
+            make_encoder_sample(
+                directory,
+                arch=arch,
+                parameters=parse_size(size),
+                seed=seed,
+                dtype=dtype,
+                std=std,
+                vocabulary=vocab,
+                context=min(context, 512),
+                pooling=None if pooling == "none" else pooling,
+            )
+            if arch in ENCODER_ARCHITECTURES
+            else make_sample(
+                directory,
+                arch=arch,
+                parameters=parse_size(size),
+                seed=seed,
+                dtype=dtype,
+                std=std,
+                shards=shards,
+                vocabulary=vocab,
+                context=context,
+                tied=tied,
+            )
         )
     except ModelError as error:
         raise UserError(str(error)) from error

@@ -9,6 +9,7 @@ An engine belongs to one thread: none of its methods may run at the same time as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,12 +61,21 @@ class SequenceStart:
 
     `generated` are the tokens of the answer that are durable already: they are computed again and not emitted again,
     and the next event has position `len(generated)`.
+
+    With `inputs` it is an embedding, and has no prompt: position i is the vector of input i, and `generated` has the
+    number of tokens of each input whose vector is durable.
     """
 
     key: str
     prompt: tuple[int, ...]
     generated: tuple[int, ...]
     sampling: Sampling
+    inputs: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that somebody sent."""
+        return sum(map(len, self.inputs)) if self.inputs else len(self.prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +98,22 @@ class TokenEvent:
     end: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class VectorEvent:
+    """The next vectors of one embedding, from `position` on: float32, little endian. `counts` has the number of tokens
+    of each input. With `done` these were the last ones, and the sequence has left the engine.
+    """
+
+    key: str
+    position: int
+    counts: tuple[int, ...]
+    vectors: tuple[bytes, ...]
+    done: bool
+
+
+Event = TokenEvent | VectorEvent
+
+
 class Engine(Protocol):
     """See the head of this file."""
 
@@ -108,7 +134,7 @@ class Engine(Protocol):
     def active(self) -> int:
         """Sequences that hold a slot."""
 
-    def step(self) -> list[TokenEvent]:
+    def step(self) -> Sequence[Event]:
         """Compute once: at most one prefill chunk and one token per decoding sequence; [] when there is nothing to do.
 
         A sequence whose prefill is finished by this step emits its first token in it. No sequence has two events.
@@ -158,3 +184,18 @@ def check_start(start: SequenceStart, *, context: int, vocabulary: int) -> None:
             raise AdmissionRefused(f"stop_tokens has token id {token}, outside the vocabulary of {vocabulary}.")
     if any(not stop for stop in sampling.stop):
         raise AdmissionRefused("A stop string is empty: remove it.")
+
+
+def check_inputs(start: SequenceStart, *, context: int, vocabulary: int) -> None:
+    """Raise AdmissionRefused, in one sentence, for an embedding that no engine of this context can take."""
+    for number, tokens in enumerate(start.inputs):
+        if not tokens:
+            raise AdmissionRefused(f"Input {number} has no tokens: send at least one in each.")
+        if len(tokens) > context:
+            raise AdmissionRefused(
+                f"Input {number} has {len(tokens)} tokens and the context holds {context}: shorten it."
+            )
+        if wrong := next((token for token in tokens if not 0 <= token < vocabulary), None):
+            raise AdmissionRefused(f"Token id {wrong} of input {number} is outside the vocabulary of {vocabulary}.")
+    if len(start.generated) > len(start.inputs):
+        raise AdmissionRefused(f"{len(start.generated)} vectors are said to be durable, of {len(start.inputs)} inputs.")

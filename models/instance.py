@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+)
 
-from models.architecture import DEFAULT_CONTEXT_AT_MOST, describe
+from models.architecture import DEFAULT_CONTEXT_AT_MOST, describe, describe_encoder
 from models.contract import Engine, Sampling
 from models.detokenizer import Decode
+from models.embedding import Embedder, EmbeddingEngine
 from models.engine import DEFAULT_PREFILL_CHUNK, SlotEngine
 from models.errors import ModelError
+from models.pooling import read_pooling
 from models.skeleton import assemble
 
 DEFAULT_MAX_TOKENS = 256
@@ -56,6 +65,11 @@ class Instance:
         tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return tokens
 
+    def encode_inputs(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of texts to embed, each with the special tokens that the tokenizer puts around it."""
+        tokens: list[list[int]] = self.tokenizer(list(texts))["input_ids"]
+        return tokens
+
     def close(self) -> None:
         """Let go of weights and cache; the instance is of no use afterwards."""
         del self.engine
@@ -72,14 +86,18 @@ def load_instance(
     max_slots: int = 16,
     context: int | None = None,
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+    encoder: bool = False,
 ) -> Instance:
     """The model of a directory in Hugging Face layout, its weights being `tensors`.
 
     `tensors` are parameters and persistent buffers by the module's own names; they are not copied unless `dtype` or
     `device` asks for others. None reads the weights from the directory. `context` (tokens) is the model's own, and at
-    most 4,096, where it is None. Raises ModelError for everything that is wrong with directory, weights or sizes.
+    most 4,096, where it is None. With `encoder` it is a model without a language-model head, which makes embeddings
+    only. Raises ModelError for everything that is wrong with directory, weights or sizes.
     """
-    model = load_model(directory, tensors, device=device, dtype=dtype)
+    model = load_model(directory, tensors, device=device, dtype=dtype, encoder=encoder)
+    if encoder:
+        return _load_encoder(directory, model, max_slots, context)
     architecture = describe(model)
     longest = min(architecture.context, DEFAULT_CONTEXT_AT_MOST) if context is None else context
     if not 2 <= longest <= architecture.context:
@@ -99,21 +117,51 @@ def load_instance(
         max_slots=max_slots,
         prefill_chunk=prefill_chunk,
     )
-    return Instance(engine, tokenizer, defaults, directory.name)
+    pooling = read_pooling(directory, model.config, encoder=False)
+    embedder = Embedder(_without_head(model), pooling, pad=_pad(model), context=longest)
+    return Instance(EmbeddingEngine(embedder, engine), tokenizer, defaults, directory.name)
+
+
+def _load_encoder(directory: Path, model: Any, slots: int, context: int | None) -> Instance:
+    longest = describe_encoder(model)
+    tokenizer = _tokenizer(directory)
+    pooling = read_pooling(directory, model.config, encoder=True)
+    # Tokenizers without a bound of their own state an enormous one. Whoever gives a context may not know of these two.
+    longest = min(longest, int(tokenizer.model_max_length), context or DEFAULT_CONTEXT_AT_MOST)
+    embedder = Embedder(model, pooling, pad=_pad(model), context=longest)
+    defaults = Defaults(Sampling(max_tokens=DEFAULT_MAX_TOKENS), ())
+    return Instance(EmbeddingEngine(embedder, name=directory.name, slots=slots), tokenizer, defaults, directory.name)
+
+
+def _without_head(model: Any) -> Any:
+    """The part of a causal language model that gives the hidden states behind its last norm."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return decoder if decoder is not None and decoder is not model else model.base_model
+
+
+def _pad(model: Any) -> int:
+    """Some encoders count positions by which tokens are no padding: theirs has to be used."""
+    pad = model.config.get_text_config().pad_token_id
+    return int(pad) if pad is not None else 0
 
 
 def load_model(
-    directory: Path, tensors: Mapping[str, torch.Tensor] | None, *, device: str = "cpu", dtype: str | None = None
+    directory: Path,
+    tensors: Mapping[str, torch.Tensor] | None,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    encoder: bool = False,
 ) -> Any:
     """The model alone; arguments and errors as of `load_instance`."""
     config = _config(directory)
     wanted = _dtype(dtype)
     if tensors is None:
-        model = _read(directory, config, wanted, torch.device(device))
+        model = _read(directory, config, wanted, torch.device(device), encoder=encoder)
     else:
         if wanted is not None:
             tensors = {name: t.to(wanted) if t.is_floating_point() else t for name, t in tensors.items()}
-        model = assemble(config, tensors, torch.device(device))
+        model = assemble(config, tensors, torch.device(device), encoder=encoder)
     if model.dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # grouped products know no float64
     return model
@@ -165,11 +213,12 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return found
 
 
-def _read(directory: Path, config: PretrainedConfig, dtype: torch.dtype | None, device: torch.device) -> Any:
+def _read(
+    directory: Path, config: PretrainedConfig, dtype: torch.dtype | None, device: torch.device, *, encoder: bool
+) -> Any:
+    builder: Any = AutoModel if encoder else AutoModelForCausalLM
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            directory, config=config, dtype=dtype or "auto", local_files_only=True
-        )
+        model: Any = builder.from_pretrained(directory, config=config, dtype=dtype or "auto", local_files_only=True)
     except Exception as error:  # safetensors, pickle and transformers raise many kinds
         raise ModelError(f"The weights of {directory} cannot be read: {_first_line(error)}") from error
     return model.to(device).eval().requires_grad_(False)

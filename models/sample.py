@@ -121,18 +121,12 @@ def make_sample(
     The same arguments give the same weights. `tied` None is what the architecture usually does. `overrides` go into
     the configuration as they are, last (a sliding window, a rope scaling).
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ModelError(f"{directory} exists and is not an empty directory: name another one or remove it.")
+    wanted = check_sample(directory, dtype=dtype, std=std, vocabulary=vocabulary, parameters=parameters)
     if arch not in _ARCHITECTURES:
         raise ModelError(f"There is no sample of architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}.")
-    if dtype not in ("float32", "bfloat16", "float16", "float64"):
-        raise ModelError(f"A sample cannot have dtype {dtype!r}: choose float32, bfloat16, float16 or float64.")
-    if context < 8 or shards < 1 or not 0 < std < math.inf:
-        raise ModelError("A sample needs a context of at least 8, at least one shard and a std above 0.")
+    if context < 8 or shards < 1:
+        raise ModelError("A sample needs a context of at least 8 and at least one shard.")
     settings, tied_usually = _ARCHITECTURES[arch]
-    wanted = vocabulary if vocabulary is not None else _usual_vocabulary(parameters)
-    if wanted < SMALLEST_VOCABULARY:
-        raise ModelError(f"A vocabulary of {wanted} is too small: bytes and special tokens take {SMALLEST_VOCABULARY}.")
     text = resources.files("models").joinpath("training_text.txt").read_text(encoding="utf-8")
     tokenizer = train_tokenizer(text, wanted, context)
     common = {
@@ -158,7 +152,7 @@ def make_sample(
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, do_sample=True, temperature=0.8, top_p=0.95, top_k=50
     )
     directory.mkdir(parents=True, exist_ok=True)
-    with _no_progress_bar():
+    with no_progress_bar():
         model.save_pretrained(directory, max_shard_size=_shard_bytes(model, shards))
     tokenizer.save_pretrained(directory)
     files = sorted(directory.glob("*.safetensors"))
@@ -177,8 +171,23 @@ def make_sample(
     )
 
 
+def check_sample(directory: Path, *, dtype: str, std: float, vocabulary: int | None, parameters: int) -> int:
+    """What every sample needs; the size of its vocabulary. Raises ModelError."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ModelError(f"{directory} exists and is not an empty directory: name another one or remove it.")
+    if dtype not in ("float32", "bfloat16", "float16", "float64"):
+        raise ModelError(f"A sample cannot have dtype {dtype!r}: choose float32, bfloat16, float16 or float64.")
+    if not 0 < std < math.inf:
+        raise ModelError("A sample needs a std above 0.")
+    wanted = vocabulary if vocabulary is not None else _usual_vocabulary(parameters)
+    if wanted < SMALLEST_VOCABULARY:
+        raise ModelError(f"A vocabulary of {wanted} is too small: bytes and special tokens take {SMALLEST_VOCABULARY}.")
+    return wanted
+
+
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
+    """Writing weights draws nothing on the terminal."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

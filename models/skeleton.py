@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
 from models.errors import ModelError
@@ -37,14 +37,20 @@ class _OpenNumbersOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def assemble(config: PretrainedConfig, tensors: Mapping[str, torch.Tensor], device: torch.device) -> Any:
-    """The causal language model of `config` whose parameters are `tensors`, by the module's own names.
+def assemble(
+    config: PretrainedConfig, tensors: Mapping[str, torch.Tensor], device: torch.device, *, encoder: bool = False
+) -> Any:
+    """The causal language model of `config` (with `encoder` the model without a head) whose parameters are `tensors`,
+    by the module's own names.
 
     Tensors elsewhere are copied to `device`. Raises ModelError naming what is missing, unexpected, of another shape or
     without numbers.
     """
+    builder: Any = AutoModel if encoder else AutoModelForCausalLM
     with no_init_weights(), _OpenNumbersOnMeta():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=_common_dtype(tensors))  # type: ignore[no-untyped-call]
+        model: Any = builder.from_config(config, dtype=_common_dtype(tensors))
+    if encoder and not any(name.startswith("pooler.") for name in tensors) and hasattr(model, "pooler"):
+        model.pooler = None  # embeddings do not use it, and this checkpoint was saved without one
     own = model.state_dict(keep_vars=True)
     if unexpected := [name for name in tensors if name not in own]:
         raise ModelError(_sentence(model, unexpected, "has no place for", "pack the checkpoint again"))

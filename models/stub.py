@@ -8,10 +8,21 @@ penalty, that its prompt has), one with a bias over those that it makes less lik
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from models.contract import NO_TOKEN, AdmissionRefused, Engine, SequenceStart, TokenEvent, check_start
+from models.contract import (
+    NO_TOKEN,
+    AdmissionRefused,
+    Engine,
+    Event,
+    SequenceStart,
+    TokenEvent,
+    VectorEvent,
+    check_inputs,
+    check_start,
+)
 from models.stops import StopFilter
 
 
@@ -57,7 +68,10 @@ class StubEngine:
             raise AdmissionRefused(f"Sequence {start.key!r} is here already.")
         if len(self._sequences) >= self.slots:
             raise AdmissionRefused(f"All {self.slots} KV slots are taken: wait until a sequence ends.")
-        check_start(start, context=self.context, vocabulary=self._vocabulary)
+        if start.inputs:
+            check_inputs(start, context=self.context, vocabulary=self._vocabulary)
+        else:
+            check_start(start, context=self.context, vocabulary=self._vocabulary)
         facts = repr((start.prompt, start.sampling.seed & (2**64 - 1)))
         sampling = start.sampling
         passed = {token for token, bias in sampling.logit_bias if bias < 0}
@@ -73,7 +87,9 @@ class StubEngine:
             passed=passed,
             eos=self._eos.union(sampling.stop_tokens),
         )
-        for token in start.generated:
+        if start.inputs:
+            sequence.position = len(start.generated)
+        for token in () if start.inputs else start.generated:
             sequence.ended = self._take(sequence, token)[1] or sequence.ended
         self._sequences[start.key] = sequence
 
@@ -85,17 +101,22 @@ class StubEngine:
         """Sequences that hold a slot."""
         return len(self._sequences)
 
-    def step(self) -> list[TokenEvent]:
+    def step(self) -> list[Event]:
         """One prefill chunk shared by those that wait, one token for each of those that decode."""
         if not self._sequences:
             return []
         if self._wait is not None:
             self._wait()
         budget = self._prefill_chunk
-        events: list[TokenEvent] = []
+        events: list[Event] = []
         for key, sequence in list(self._sequences.items()):
+            if sequence.start.inputs:
+                events.append(vectors := self._embed(sequence))
+                if vectors.done:
+                    del self._sequences[key]
+                continue
             if sequence.ended is not None:
-                events.append(TokenEvent(key, sequence.position, NO_TOKEN, "", sequence.ended))
+                event = TokenEvent(key, sequence.position, NO_TOKEN, "", sequence.ended)
             else:
                 fed = min(sequence.prefill_left, budget)
                 sequence.prefill_left -= fed
@@ -105,10 +126,26 @@ class StubEngine:
                 position = sequence.position
                 token = self._token(sequence)
                 text, end = self._take(sequence, token)
-                events.append(TokenEvent(key, position, token, text, end))
-            if events[-1].end is not None:
+                event = TokenEvent(key, position, token, text, end)
+            events.append(event)
+            if event.end is not None:
                 del self._sequences[key]
         return events
+
+    def _embed(self, sequence: _Stubbed) -> VectorEvent:
+        """Vectors of the next inputs, up to a chunk of tokens: hashes of input and seed, as four numbers below 1."""
+        start, first, fed = sequence.start, sequence.position, 0
+        vectors = []
+        for tokens in start.inputs[first:]:
+            if fed and fed + len(tokens) > self._prefill_chunk:
+                break
+            fed += len(tokens)
+            facts = repr((tokens, start.sampling.seed & (2**64 - 1))).encode()
+            digest = hashlib.blake2b(facts, digest_size=4).digest()
+            vectors.append(struct.pack("<4f", *(byte / 256 for byte in digest)))
+        sequence.position += len(vectors)
+        counts = tuple(len(tokens) for tokens in start.inputs[first : sequence.position])
+        return VectorEvent(start.key, first, counts, tuple(vectors), sequence.position == len(start.inputs))
 
     def _token(self, sequence: _Stubbed) -> int:
         facts = sequence.digest + sequence.position.to_bytes(8, "little")

@@ -16,7 +16,7 @@ class ModelCard(msgspec.Struct, frozen=True, omit_defaults=True):
     """What deciding needs to know of a packed checkpoint.
 
     `weight_bytes` and `kv_bytes_per_token` in bytes, `context` in tokens (prompt and answer), `digest` names the
-    very bytes.
+    very bytes. An `encoder` has no language-model head: it makes embeddings and no text.
     """
 
     model: Name
@@ -27,6 +27,7 @@ class ModelCard(msgspec.Struct, frozen=True, omit_defaults=True):
     vocabulary: Positive
     architecture: Annotated[str, Meta(max_length=128)] = ""
     chat: bool = False
+    kind: Literal["decoder", "encoder"] = "decoder"
 
 
 class HeldModel(msgspec.Struct, frozen=True, omit_defaults=True):
