@@ -65,6 +65,8 @@ CHECKPOINT_BYTES = 64 * 1024 * 1024
 
 TIMER_BYTES = 64
 
+_DIGEST_BYTES = 32
+
 SKIPPED_REMEMBERED = 10_000
 """Requests known to have ended by a skipped step; the oldest is forgotten first."""
 
@@ -124,14 +126,13 @@ class Memory(msgspec.Struct):
 
 
 class Snapshot(msgspec.Struct):
-    """The whole cell at a ledger position. `digest` covers all other fields."""
+    """The whole cell at a ledger position. As bytes, the SHA-256 of the rest stands before it."""
 
     position: int
     now: int
     facts: int
     order: OrderState
     memory: Memory
-    digest: str = ""
 
 
 _ANSWER_KINDS = {kind_of(effect): tuple(kind_of(a) for a in answers) for effect, answers in ANSWERS.items()}
@@ -420,23 +421,31 @@ class Cell:
             order=self.order.state,
             memory=self._remember(),
         )
-        snapshot.digest = hashlib.sha256(_pack.encode(snapshot)).hexdigest()
-        return _pack.encode(snapshot)
+        body = _pack.encode(snapshot)
+        return hashlib.sha256(body).digest() + body
 
     @classmethod
     def restored(cls, name: str, data: bytes) -> Cell:
-        """A cell that goes on from a snapshot. Raises ValueError where the bytes are not one, or not whole."""
-        try:
-            snapshot = msgspec.msgpack.decode(data, type=Snapshot)
-        except (msgspec.DecodeError, ValueError) as error:
-            raise ValueError(f"not a snapshot of a cell: {error}") from None
-        digest, snapshot.digest = snapshot.digest, ""
-        if hashlib.sha256(_pack.encode(snapshot)).hexdigest() != digest:
-            raise ValueError("the snapshot's hash does not fit its content")
+        """A cell that goes on from a snapshot. Raises ValueError where the bytes are not one, or not whole.
+
+        A state that this code cannot read is no snapshot either. Raises `UnknownRules` for a rule version not known.
+        """
+        digest, body = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+        if hashlib.sha256(body).digest() != digest:
+            raise ValueError("not a snapshot of a cell: its hash does not fit its content")
         cell = cls(name)
-        cell.position, cell.now, cell.facts = snapshot.position, snapshot.now, snapshot.facts
-        cell.order = FactOrder(snapshot.order)
-        cell._recall(snapshot.memory)
+        try:
+            snapshot = msgspec.msgpack.decode(body, type=Snapshot)
+            if snapshot.memory.rules not in KNOWN_RULES:
+                raise UnknownRules(
+                    f"the snapshot at ledger sequence {snapshot.position} follows rule version "
+                    f"{snapshot.memory.rules}; this program knows {sorted(KNOWN_RULES)}: run a newer one"
+                )
+            cell.position, cell.now, cell.facts = snapshot.position, snapshot.now, snapshot.facts
+            cell.order = FactOrder(snapshot.order)
+            cell._recall(snapshot.memory)
+        except (msgspec.DecodeError, ValueError, StepError) as error:
+            raise ValueError(f"not a snapshot of a cell: {error}") from None
         cell._checkpoint = snapshot.memory
         return cell
 

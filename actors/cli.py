@@ -39,6 +39,9 @@ def control(
         int, typer.Option(min=1, metavar="SECONDS", help="How long results of ended requests are kept.")
     ] = 3600,
     ledger_limit: Annotated[str, typer.Option(metavar="SIZE", help="Limit of the ledger's stream.")] = "1GiB",
+    snapshot_facts: Annotated[
+        int, typer.Option(min=1, metavar="FACTS", help="Facts between two snapshots, at the least.")
+    ] = 5000,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log JSON lines instead of text.")] = False,
 ) -> None:
     """Run one control: a replica of the cell that decides, answers clients and watches drivers.
@@ -54,7 +57,13 @@ def control(
     check_cell_name(cell)
     configure_logs(as_json=log_json)
     options = ControlOptions(
-        connection(nats), cell, silence, parse_size(ledger_limit, "--ledger-limit"), retention, queue_limit
+        connection(nats),
+        cell,
+        silence,
+        parse_size(ledger_limit, "--ledger-limit"),
+        retention,
+        queue_limit,
+        snapshot_facts=snapshot_facts,
     )
     _run(run_control(options))
 

@@ -5,7 +5,8 @@
                  ├─▶ sealer   seals the tokens of closed epochs
                  ├─▶ reader   shows what no worker shows
                  ├─▶ watch    states who is lost
-                 └─▶ intake   answers clients
+                 ├─▶ intake   answers clients
+                 └─▶ snapshots (actors.cell_snapshots), from which the next control starts
 
 It needs only the `Bus` contract, so it runs unchanged on NATS and in a simulated world. A difference, a changed ledger
 or an unknown rule version end it with an exception that says what and where; whoever runs it decides what follows.
@@ -20,6 +21,7 @@ from typing import cast
 import structlog
 
 from actors.cell import Cell, Said, Step, UnknownRules
+from actors.cell_snapshots import SNAPSHOT_FACTS, SnapshotTaker, find_start
 from actors.gpu import GpuState
 from actors.intake import Intake
 from actors.readback import accepted_differences
@@ -53,7 +55,15 @@ log = structlog.get_logger("longshore.control")
 class Control:
     """One control process. `me` is its boot id. `run` lasts until something forbids it to go on."""
 
-    def __init__(self, bus: Bus, cell: str, me: str, *, silence: float = SILENCE_SECONDS) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        cell: str,
+        me: str,
+        *,
+        silence: float = SILENCE_SECONDS,
+        snapshot_facts: int = SNAPSHOT_FACTS,
+    ) -> None:
         self.bus = bus
         self.me = me
         self.subjects = Subjects(cell)
@@ -68,6 +78,8 @@ class Control:
         self._timers = Timers()
         self._reader = ResultsReader(bus, self.subjects)
         self._unshown = Unshown()
+        self._seals: dict[bytes, SealTokens] = {}
+        self.snapshots = SnapshotTaker(bus, self.subjects, me, facts=snapshot_facts)
 
     @property
     def live(self) -> bool:
@@ -78,7 +90,7 @@ class Control:
         return self.replica.cell if self.replica is not None else self._empty
 
     async def run(self) -> None:
-        """Raises Difference, LogChanged, UnknownRules or BusError; cancellation ends it cleanly."""
+        """Raises Difference, LogChanged, UnknownRules, NoBeginning or BusError; cancellation ends it cleanly."""
         try:
             await self._open()
             await self.tasks.wait()
@@ -88,10 +100,18 @@ class Control:
             await self.tasks.stop()
 
     async def _open(self) -> None:
+        start = await find_start(self.bus, self.subjects)
         end = (await self.bus.ledger.usage()).last_sequence
-        accepted = await self._accepted_differences()
-        self.replica = Replica(Cell(self.subjects.cell), self.me, end_at_start=end, accepted=accepted)
-        reader = await self.bus.ledger.read(start=1)
+        accepted = start.accepted | await self._accepted_differences(start.cell.position + 1)
+        reader = await self.bus.ledger.read(start=start.cell.position + 1)
+        self.replica = Replica(start.cell, self.me, end_at_start=end, accepted=accepted)
+        self._unshown = Unshown(start.lately)
+        self._timers.start_from(start.cell)
+        self.snapshots.started_from(start)
+        if start.snapshot is not None:
+            log.info("starting from a snapshot", position=start.cell.position, end=end, me=self.me)
+        for payload in start.seals:
+            self._order_seal(self.replica, payload)
         self.tasks.start(self._read(reader, self.replica), "control reads")
         self.tasks.start(self._rescue(self.replica), "control rescues")
         self.tasks.start(self._tick(self.replica), "control ticks")
@@ -100,14 +120,14 @@ class Control:
         for verb in self.intake.verbs:
             self.tasks.start(self.intake.serve(verb, self.tasks), f"intake {verb}")
 
-    async def _accepted_differences(self) -> frozenset[tuple[int, int]]:
+    async def _accepted_differences(self, start: int) -> frozenset[tuple[int, int]]:
         """Differences that an operator lets stand are known before the replica comes to them."""
         subject = self.subjects.fact("cell", "difference.accepted")
         last = await self.bus.ledger.last(subject)
-        if last is None:
+        if last is None or last.sequence < start:
             return frozenset()
         found: list[tuple[int, int]] = []
-        reader = await self.bus.ledger.read([subject])
+        reader = await self.bus.ledger.read([subject], start=start)
         try:
             at = 0
             while at < last.sequence:
@@ -127,21 +147,20 @@ class Control:
         behind = True
         try:
             while True:
+                if behind and replica.live:
+                    behind = False
+                    self._caught_up(replica)
+                if not behind and self.snapshots.due(replica):
+                    self.tasks.spawn(self.snapshots.take(replica, lambda: self._beside(replica)), "snapshot")
                 records = await reader.batch()
                 at = loop.time()
                 for record in records:
                     steps = replica.take(record, at)
                     self._publish(replica)
                     for step in steps:
-                        self._follow(replica, step)
-                    if behind:
-                        self._unshown.read(record)
-                if behind and replica.live:
-                    behind = False
-                    for payload in self._unshown.take():
-                        self.tasks.spawn(self._show(replica, payload), "show")
-                    self.started.set()
-                    log.info("live", position=replica.position, facts=replica.cell.facts, me=self.me)
+                        self._follow(replica, step, behind)
+                    self._unshown.read(record)
+                self.snapshots.read(records, replica.cell.position)
                 if behind:
                     await asyncio.sleep(0)
         except UnknownRules as error:
@@ -149,6 +168,13 @@ class Control:
             raise
         finally:
             await reader.close()
+
+    def _caught_up(self, replica: Replica) -> None:
+        """The past is read: show what may not have been shown, and take part."""
+        for _, payload in self._unshown.noted(replica.cell.now):
+            self.tasks.spawn(self._show(replica, payload), "show")
+        self.started.set()
+        log.info("live", position=replica.position, facts=replica.cell.facts, me=self.me)
 
     def _publish(self, replica: Replica) -> None:
         """What somebody waits for at once; the rest of a step a moment later, out of its way."""
@@ -214,19 +240,28 @@ class Control:
 
     # ---- what follows from a step -------------------------------------------------------------------------------
 
-    def _follow(self, replica: Replica, step: Step) -> None:
+    def _follow(self, replica: Replica, step: Step, behind: bool) -> None:
         self._timers.note(step)
         for said in step.said:
             if said.receiver == "sealer":
-                order = decode_said_body(decode_said(said.payload).body)
-                if isinstance(order, SealTokens):
-                    self.tasks.spawn(self._seal(replica, order), "seal")
+                self._order_seal(replica, said.payload)
             elif said.receiver == "reader" and SHOWN_BY_WORKER in said.payload:
                 continue  # the usual end: nothing is left to show, and a task for it would be all that happens
-            elif said.receiver == "reader" and replica.live:
-                self.tasks.spawn(self._show(replica, said.payload), "show")
             elif said.receiver == "reader":
                 self._unshown.said(said.payload)
+                if not behind:
+                    self.tasks.spawn(self._show(replica, said.payload), "show")
+
+    def _order_seal(self, replica: Replica, payload: bytes) -> None:
+        order = decode_said_body(decode_said(payload).body)
+        if isinstance(order, SealTokens):
+            self._seals[payload] = order
+            self.tasks.spawn(self._seal(replica, order), "seal")
+
+    def _beside(self, replica: Replica) -> tuple[list[tuple[int, bytes]], list[bytes]]:
+        """What a snapshot holds beside the cell: what may be unshown, and which seals were ordered and not stated."""
+        self._seals = {text: order for text, order in self._seals.items() if self._is_sealing(replica.cell, order)}
+        return self._unshown.noted(replica.cell.now), list(self._seals)
 
     async def _show(self, replica: Replica, payload: bytes) -> None:
         if not replica.leading:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import structlog
 
 from actors.cell import UnknownRules
+from actors.cell_snapshots import SNAPSHOT_FACTS
 from actors.control import Control
 from actors.readback import Difference
 from actors.submissions import take_submissions
@@ -28,7 +29,7 @@ log = structlog.get_logger("longshore.control")
 
 @dataclass(frozen=True, slots=True)
 class ControlOptions:
-    """What a control is told at its start. The last two become facts where the cell has other values."""
+    """What a control is told at its start. Retention and queue limit become facts where the cell has other values."""
 
     nats: ConnectionOptions
     cell: str
@@ -36,6 +37,7 @@ class ControlOptions:
     ledger_limit_bytes: int = 1 << 30
     retention_seconds: int = 3600
     queue_limit: int = 1000
+    snapshot_facts: int = SNAPSHOT_FACTS
 
 
 RESTART_SECONDS = 1.0
@@ -93,7 +95,7 @@ async def _run_once(options: ControlOptions) -> None:
         result_retention_seconds=options.retention_seconds + LONGEST_RUN_SECONDS,
     )
     try:
-        control = Control(bus, options.cell, me, silence=options.silence_seconds)
+        control = Control(bus, options.cell, me, silence=options.silence_seconds, snapshot_facts=options.snapshot_facts)
         service = Service(bus, control.subjects, me, control.intake.verbs, lambda: control.intake.counts)
         for verb in VERBS:
             for subject in service.subjects_of(verb):

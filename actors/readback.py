@@ -53,7 +53,8 @@ class Expected(NamedTuple):
 class Readback:
     """Takes records in order; knows what is expected, and finds differences.
 
-    `expected` is keyed by payload, which holds fact and index: what is as it should be costs one look-up.
+    `expected` is keyed by payload, which holds fact and index: what is as it should be costs one look-up. `accepted`
+    has the (fact, index) of differences that an operator lets stand.
     """
 
     def __init__(self, cell: Cell, accepted: frozenset[tuple[int, int]] = frozenset()) -> None:
@@ -61,9 +62,10 @@ class Readback:
         self.expected: dict[bytes, Expected] = {}
         self.verified = 0
         self.position = cell.position
-        self._accepted = accepted
+        self.accepted = dict.fromkeys(sorted(accepted))
         self._steps: dict[int, list[Said]] = {}
-        self._forgotten = 0
+        # What a cell from a snapshot said before its position was read back by whoever stored that snapshot.
+        self._forgotten = cell.position
         self._said_prefix = cell.subjects.said_prefix
 
     def take(self, record: Record, at: float) -> tuple[list[Step], Expected | None]:
@@ -80,6 +82,8 @@ class Readback:
         if record.subject.startswith(self._said_prefix):
             return [], self._unusual(record)
         steps = self.cell.take(record)
+        if (key := accepted_differences(record)) is not None:
+            self.accepted[key] = None
         for step in steps:
             self._steps[step.sequence] = step.said
             for said in step.said:
@@ -94,7 +98,7 @@ class Readback:
             envelope = decode_said(record.payload)
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
             # It has no id of its own. Its place in the ledger stands for one, so that an operator can accept it.
-            if (record.sequence, 0) in self._accepted:
+            if (record.sequence, 0) in self.accepted:
                 return None
             raise Difference(
                 record.sequence, record.sequence, 0, record.subject, "envelope", str(error), "a derived message"
@@ -102,13 +106,13 @@ class Readback:
         key = (envelope.fact, envelope.index)
         step = self._steps.get(envelope.fact)
         if step is None:
-            if envelope.fact > self._forgotten and key not in self._accepted:
+            if envelope.fact > self._forgotten and key not in self.accepted:
                 raise Difference(record.sequence, *key, kind_in(record.subject), "index", "an extra message", "none")
             return None
         computed = step[envelope.index] if envelope.index < len(step) else None
         if computed is not None and (computed.subject, computed.payload) == (record.subject, record.payload):
             return None
-        if key not in self._accepted:
+        if key not in self.accepted:
             if computed is None:
                 raise Difference(record.sequence, *key, kind_in(record.subject), "index", "an extra message", "none")
             raise difference(record, computed)

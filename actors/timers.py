@@ -23,6 +23,12 @@ class Timers:
     def __init__(self) -> None:
         self._due: list[tuple[int, int, int, str, str]] = []
 
+    def start_from(self, cell: Cell) -> None:
+        """Take up all timers of a cell whose steps were not seen: it comes from a snapshot."""
+        for name, timer in cell.timers.items():
+            fact, _, place = name.partition(".")
+            heapq.heappush(self._due, (timer.due, int(fact), int(place), timer.actor, timer.about))
+
     def note(self, step: Step) -> None:
         """Take up the timers that a step asked for."""
         for said in step.said:

@@ -162,6 +162,10 @@ class Log(Protocol):
 
     async def usage(self) -> Usage: ...
 
+    async def drop(self, before: int) -> None:
+        """Give up all records below a sequence; sequences go on as if they were there. May be repeated."""
+        ...
+
 
 class Subscription(Protocol):
     async def next(self) -> Delivery:
@@ -196,6 +200,11 @@ class Bus(Protocol):
 
     @property
     def tokens(self) -> Log: ...
+
+    @property
+    def snapshots(self) -> Log:
+        """Where snapshots of the cell are kept (`bus.snapshots`)."""
+        ...
 
     @property
     def connected(self) -> bool: ...

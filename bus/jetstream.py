@@ -2,6 +2,7 @@
 
 LEDGER_<cell>   facts and what was said: never discarded, never overwritten; full means refused
 TOKENS_<cell>   pages of tokens: kept for the retention of results
+SNAPSHOTS_<cell>   snapshots of the cell: their writers drop old ones
 INTAKE_<cell>   submitted requests: a work queue, a message leaves it when intake has acknowledged it
 """
 
@@ -95,10 +96,18 @@ class JetStreamInbox(DeliveryQueue):
 class JetStreamBus:
     """One connection of one process to one cell. Make it with `JetStreamBus.connect`; see `bus.contract.Bus`."""
 
-    def __init__(self, connection: Connection, subjects: Subjects, ledger: JetStreamLog, tokens: JetStreamLog) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        subjects: Subjects,
+        ledger: JetStreamLog,
+        tokens: JetStreamLog,
+        snapshots: JetStreamLog,
+    ) -> None:
         self._connection = connection
         self._ledger = ledger
         self._tokens = tokens
+        self._snapshots = snapshots
         self.subjects = subjects
 
     @classmethod
@@ -130,6 +139,7 @@ class JetStreamBus:
                 subjects,
                 await JetStreamLog.open(connection, subjects.ledger_stream, ack_timeout),
                 await JetStreamLog.open(connection, subjects.tokens_stream, ack_timeout),
+                await JetStreamLog.open(connection, subjects.snapshots_stream, ack_timeout),
             )
             if create:
                 await bus.ensure_streams(
@@ -185,6 +195,14 @@ class JetStreamBus:
             "max_bytes": intake_limit_bytes,
             "duplicate_window": DEDUPE_SECONDS * 1_000_000_000,
         }
+        snapshots = {
+            "name": names.snapshots_stream,
+            "subjects": [names.snapshots_filter],
+            "retention": "limits",
+            "max_bytes": -1,
+            "duplicate_window": DEDUPE_SECONDS * 1_000_000_000,
+        }
+        await self._ensure(common | snapshots, must_keep_all=True)
         await self._ensure(common | ledger, must_keep_all=True)
         await self._ensure(common | tokens, must_keep_all=False)
         await self._ensure(common | intake, must_keep_all=False)
@@ -222,6 +240,10 @@ class JetStreamBus:
     @property
     def tokens(self) -> JetStreamLog:
         return self._tokens
+
+    @property
+    def snapshots(self) -> JetStreamLog:
+        return self._snapshots
 
     @property
     def connected(self) -> bool:

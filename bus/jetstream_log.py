@@ -14,7 +14,7 @@ import msgspec
 
 from bus.connection import Connection
 from bus.contract import Appended, BusError, LogFull, NoAnswer, NoResponders, Reader, Record, Usage, WrongLastSequence
-from bus.jetstream_api import STREAM_NOT_FOUND, ApiError, get_direct, get_message, stream_info
+from bus.jetstream_api import STREAM_NOT_FOUND, ApiError, call, get_direct, get_message, stream_info
 from bus.jetstream_reader import JetStreamReader
 from bus.wire import append_headers, status
 
@@ -240,6 +240,9 @@ class JetStreamLog:
     async def last(self, subject: str) -> Record | None:
         """See the contract. Asks the stream's leader: a replica could be behind. Raises `NoAnswer` as `get` does."""
         return await get_message(self._connection, self.stream, {"last_by_subj": subject})
+
+    async def drop(self, before: int) -> None:
+        await call(self._connection, f"STREAM.PURGE.{self.stream}", {"seq": before})
 
     async def usage(self) -> Usage:
         try:

@@ -75,6 +75,13 @@ class MemoryServer:
             max_age_seconds=result_retention_seconds,
             dedupe_seconds=min(dedupe_seconds, result_retention_seconds),
         )
+        self.snapshots = MemoryStream(
+            self.subjects.snapshots_stream,
+            "snapshots",
+            [self.subjects.snapshots_filter],
+            self.wall,
+            dedupe_seconds=dedupe_seconds,
+        )
         self._buses: dict[int, MemoryBus] = {}
         self._interests: dict[int, _Interest] = {}
         self._turns: dict[tuple[str, str], int] = {}
@@ -97,6 +104,7 @@ class MemoryServer:
         """Have `observer(log, record)` called after each store, before its acknowledgement leaves."""
         self.ledger.observers.append(observer)
         self.tokens.observers.append(observer)
+        self.snapshots.observers.append(observer)
 
     # failures
     def outage(self, seconds: float, bus: MemoryBus | None = None) -> None:
@@ -127,7 +135,7 @@ class MemoryServer:
 
     def _route(self, delivery: Delivery, delay: float) -> int:
         """Hand a message to all who want it, and to one of each queue group in turn. Returns how many got it."""
-        stream = next((s for s in (self.ledger, self.tokens) if s.takes(delivery.subject)), None)
+        stream = next((s for s in (self.ledger, self.tokens, self.snapshots) if s.takes(delivery.subject)), None)
         if stream is not None:
             self._capture(stream, delivery)
         groups: dict[tuple[str, str], list[_Interest]] = {}
@@ -223,6 +231,7 @@ class MemoryBus:
         self._logs = (
             MemoryLog(self, server.ledger, ack_timeout),
             MemoryLog(self, server.tokens, ack_timeout),
+            MemoryLog(self, server.snapshots, ack_timeout),
         )
 
     @property
@@ -232,6 +241,10 @@ class MemoryBus:
     @property
     def tokens(self) -> MemoryLog:
         return self._logs[1]
+
+    @property
+    def snapshots(self) -> MemoryLog:
+        return self._logs[2]
 
     @property
     def connections(self) -> int:

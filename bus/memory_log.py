@@ -148,6 +148,10 @@ class MemoryLog:
         await self._line.round_trip(self.stream.name)
         return self.stream.usage()
 
+    async def drop(self, before: int) -> None:
+        await self._line.round_trip(self.stream.name)
+        self.stream.drop(before)
+
     # the connection's news
     def lost(self, reason: str) -> None:
         waiting = list(self._flying.values())

@@ -163,15 +163,9 @@ class MemoryStream:
         oldest = now - int(self.max_age_seconds * 1e9)
         expired = 0
         while expired < len(self._records) and self._records[expired].timestamp <= oldest:
-            record = self._records[expired]
-            if self._last_of.get(record.subject) == record.sequence:
-                del self._last_of[record.subject]
-            self._bytes -= self._sizes[expired]
             expired += 1
         if expired:
-            del self._records[:expired]
-            del self._sizes[:expired]
-            self._first += expired
+            self._forget_first(expired)
 
     # reading
     def takes(self, subject: str) -> bool:
@@ -212,7 +206,26 @@ class MemoryStream:
     def unwatch(self, number: int) -> None:
         self._watchers.pop(number, None)
 
+    def drop(self, before: int) -> None:
+        """Give up everything below a sequence."""
+        count = min(max(0, before - self._first), len(self._records))
+        self._forget_first(count)
+
+    def _forget_first(self, count: int) -> None:
+        for record, size in zip(self._records[:count], self._sizes[:count], strict=True):
+            if self._last_of.get(record.subject) == record.sequence:
+                del self._last_of[record.subject]
+            self._bytes -= size
+        del self._records[:count]
+        del self._sizes[:count]
+        self._first += count
+
     # what an operator or a disaster does
+    def alter(self, sequence: int, payload: bytes) -> None:
+        """Another payload at a sequence, as a broken disk may have it."""
+        at = sequence - self._first
+        self._records[at] = self._records[at]._replace(payload=payload)
+
     def truncate(self, last_sequence: int) -> None:
         """Drop everything behind a sequence, as a restored backup does."""
         kept = [(record, size) for record, size in zip(self._records, self._sizes, strict=True)]
@@ -225,6 +238,17 @@ class MemoryStream:
                 self._sizes.append(size)
                 self._bytes += size
                 self._last_of[record.subject] = record.sequence
+        self._tell_replaced()
+
+    def load(self, records: list[Record]) -> None:
+        """Take records as they stand, with sequences and timestamps, in place of what there is."""
+        self._clear()
+        self._first = records[0].sequence if records else 1
+        for record in records:
+            self._records.append(record)
+            self._sizes.append(stored_size(record.subject, 0, record.payload))
+            self._bytes += self._sizes[-1]
+            self._last_of[record.subject] = record.sequence
         self._tell_replaced()
 
     def recreate(self) -> None:

@@ -3,6 +3,8 @@
     longshore.<cell>.fact.<actor>.<kind>               facts from outside, the only input of the cell   (LEDGER)
     longshore.<cell>.said.<sender>.<receiver>.<kind>   what actors said while a fact was taken           (LEDGER)
     longshore.<cell>.tokens.<driver>.<epoch>           one page of tokens per decode step                (TOKENS)
+    longshore.<cell>.snapshot.manifest                 snapshots that are whole                          (SNAPSHOTS)
+    longshore.<cell>.snapshot.chunk.<id>               their pieces                                      (SNAPSHOTS)
     longshore.<cell>.submit.<model>                    requests whose acknowledgement is the acceptance  (INTAKE)
     longshore.<cell>.infer.<model>                     requests with a streamed reply                    (no stream)
     longshore.<cell>.refused.<model>                   submissions that can never be requests            (no stream)
@@ -110,6 +112,21 @@ class Subjects:
     @property
     def intake_stream(self) -> str:
         return f"INTAKE_{self.cell}"
+
+    @property
+    def snapshots_stream(self) -> str:
+        return f"SNAPSHOTS_{self.cell}"
+
+    @property
+    def snapshots_filter(self) -> str:
+        return f"{self.prefix}.snapshot.>"
+
+    @property
+    def snapshot_manifest(self) -> str:
+        return f"{self.prefix}.snapshot.manifest"
+
+    def snapshot_chunk(self, name: str) -> str:
+        return f"{self.prefix}.snapshot.chunk.{name}"
 
     @property
     def ledger_filters(self) -> list[str]:

@@ -32,7 +32,8 @@ class Options:
     """`disturb_every`: virtual seconds between disturbances, on average. `crash_at_record`: the chance that somebody
     dies as a record is stored; `crash_at` is the number of the one record (counted over both logs, 0 for none) whose
     publisher dies then, before or after it learns of it. `wobble`: engines whose tokens depend on the engine, as in
-    bf16. `removals`: how often the operator takes a model out.
+    bf16. `removals`: how often the operator takes a model out. `snapshot_facts`: facts between two snapshots;
+    `snapshot_trouble`: the chance that the writer of a piece dies, and that the disk loses a part of it.
     """
 
     seed: int
@@ -57,6 +58,8 @@ class Options:
     removals: int = 0
     crash_at: int = 0
     crash_before_answer: bool = True
+    snapshot_facts: int = 50
+    snapshot_trouble: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """For people and for JSON: the fault kinds that are on, with their odds."""
@@ -109,6 +112,8 @@ def draw(seed: int) -> Options:
         disturb_every=random.uniform(0.3, 2.5),
         crash_at_record=random.choice((0.0, 0.003, 0.01, 0.03)),
         removals=random.choice((0, 0, 0, 1, 3)),
+        snapshot_facts=random.choice((4, 15, 60)),
+        snapshot_trouble=random.choice((0.0, 0.0, 0.1, 0.4)),
     )
 
 
@@ -123,4 +128,5 @@ def calm(seed: int) -> Options:
         crash_at_record=0.0,
         removals=0,
         wobble=False,
+        snapshot_trouble=0.0,
     )

@@ -35,6 +35,10 @@ class WatchedBus:
         return self.memory.tokens
 
     @property
+    def snapshots(self) -> Log:
+        return self.memory.snapshots
+
+    @property
     def connected(self) -> bool:
         return self.memory.connected
 

@@ -71,6 +71,7 @@ class World:
         self.operator: Operator | None = None
         self._say = say
         self._random = seeded("world", options.seed)
+        self._snapshot_random = seeded("snapshots", options.seed)
         self._faults: list[SeededFaults] = []
         self._lines: dict[str, int] = {}
         self._boots: dict[str, Process] = {}
@@ -155,7 +156,7 @@ class World:
         self.violation(promise, f"{life} ended with {type(error).__name__}: {error}")
 
     async def _control(self, bus: WatchedBus, life: str) -> None:
-        control = Control(bus, CELL, life)
+        control = Control(bus, CELL, life, snapshot_facts=self.options.snapshot_facts)
         name = life.rpartition(".")[0]
         self.controls[name] = control
         self._boots[life] = self._named(name)
@@ -232,6 +233,9 @@ class World:
     # ---- what goes wrong --------------------------------------------------------------------------------------
 
     def _stored(self, log: str, record: Record) -> None:
+        if log == "snapshots":
+            self._snapshot_stored(record)
+            return
         self.observer.stored(log, record)
         if self._say is not None:
             text = record.payload.decode("utf-8", "replace")
@@ -244,6 +248,19 @@ class World:
         elif self.troubled and self._random.random() < self.options.crash_at_record:
             victim = publisher if self._random.random() < 0.5 else None
             self._kill_at(victim or self._anybody(), where, self._random.random() < 0.5)
+
+    def _snapshot_stored(self, record: Record) -> None:
+        """A piece of a snapshot, or its manifest: its writer may die of it, and the disk may lose some of it."""
+        random = self._snapshot_random
+        if not self.troubled:
+            return
+        where = f"snapshots {record.sequence}"
+        if random.random() < self.options.snapshot_trouble:
+            self._kill_at(self._boots.get(record.publisher), where, random.random() < 0.5)
+        if random.random() < self.options.snapshot_trouble:
+            cut = random.randrange(len(record.payload))
+            self.note(f"the disk loses what stands in {where} behind byte {cut}")
+            self.server.snapshots.alter(record.sequence, record.payload[:cut])
 
     def _kill_at(self, victim: Process | None, where: str, before_answer: bool) -> None:
         if victim is None:

@@ -197,7 +197,12 @@ class JetStreamTestWorld:
         for proxy in self._proxies.values():
             await proxy.stop()
         if self._admin is not None:
-            for stream in (self.subjects.ledger_stream, self.subjects.tokens_stream, self.subjects.intake_stream):
+            for stream in (
+                self.subjects.ledger_stream,
+                self.subjects.tokens_stream,
+                self.subjects.intake_stream,
+                self.subjects.snapshots_stream,
+            ):
                 await call(self._admin.raw, f"STREAM.DELETE.{stream}")
             await self._admin.close()
 

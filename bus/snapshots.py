@@ -1,0 +1,172 @@
+"""Snapshots of a cell, kept in a stream of their own: chunks first, then a manifest that says they are whole.
+
+    longshore.<cell>.snapshot.chunk.<id>    number of the chunk (4 bytes, little endian), then its bytes
+    longshore.<cell>.snapshot.manifest      JSON: what it is a snapshot of, which chunks, and their digest
+
+A snapshot without its manifest does not exist; one whose chunks do not give the manifest's digest is torn, and an
+older one is taken. Any number of processes may write at once: each snapshot has an id of its own. What a snapshot
+means is not known here: it is bytes at a ledger position, and the digest of the ledger's record there tells whether it
+belongs to the ledger that one has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+
+import msgspec
+
+from bus.contract import BusError, Log, NoAnswer, Record
+from bus.subjects import Subjects
+
+FORMAT = 1
+"""Version of manifest and chunks; of another one nothing is read."""
+CHUNK_BYTES = 512 * 1024
+CHUNKS_UNDER_WAY = 8
+KEPT = 3
+"""Snapshots that are kept; the oldest is dropped when another one is whole."""
+READ_SECONDS = 5.0
+"""How long the next piece may take to come."""
+BYTES_LIMIT = 8 << 30
+CHUNKS_LIMIT = BYTES_LIMIT // CHUNK_BYTES
+_NUMBER_BYTES = 4
+
+
+class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One whole snapshot. `anchor` is the digest of the ledger's record at `position`, `first` and `last` are the
+    sequences of its chunks in the stream, `written_at` nanoseconds since the epoch.
+    """
+
+    format: int
+    cell: str
+    position: int
+    anchor: str
+    rules: int
+    name: str
+    bytes: int
+    chunks: int
+    first: int
+    last: int
+    digest: str
+    written_at: int = 0
+    facts: int = 0
+
+
+class Torn(BusError):
+    """A snapshot cannot be read: pieces are missing or altered. Take an older one."""
+
+
+_manifest = msgspec.json.Decoder(Manifest)
+
+
+def anchor_of(record: Record) -> str:
+    """What tells one ledger's record from another's at the same sequence."""
+    digest = hashlib.blake2b(f"{record.sequence} {record.timestamp} {record.subject} ".encode(), digest_size=16)
+    digest.update(record.payload)
+    return digest.hexdigest()
+
+
+class SnapshotStore:
+    """Writes and reads the snapshots of one cell on `Bus.snapshots`."""
+
+    def __init__(self, log: Log, subjects: Subjects) -> None:
+        self._log = log
+        self._subjects = subjects
+
+    async def write(
+        self, body: bytes, *, position: int, anchor: str, rules: int, facts: int, writer: str, at: int
+    ) -> Manifest:
+        """Store one snapshot and drop what is too old. Raises `BusError`; then no snapshot was added.
+
+        `writer` and `position` make its id: a writer does not write the same position twice.
+        """
+        name = f"{position}-{writer}"
+        subject = self._subjects.snapshot_chunk(name)
+        digest = hashlib.blake2b(digest_size=32)
+        pieces = [body[start : start + CHUNK_BYTES] for start in range(0, len(body), CHUNK_BYTES)] or [b""]
+        sequences: list[int] = []
+        for begin in range(0, len(pieces), CHUNKS_UNDER_WAY):
+            sent = []
+            for number, piece in enumerate(pieces[begin : begin + CHUNKS_UNDER_WAY], begin):
+                digest.update(piece)
+                payload = number.to_bytes(_NUMBER_BYTES, "little") + piece
+                sent.append(self._log.send(subject, payload, message_id=f"{subject}.{number}", publisher=writer))
+                await asyncio.sleep(0)  # hashing is this process's time: others come in between
+            answers = await asyncio.gather(*sent, return_exceptions=True)
+            for answer in answers:
+                if isinstance(answer, BaseException):
+                    raise answer
+                sequences.append(answer.sequence)
+        manifest = Manifest(
+            format=FORMAT,
+            cell=self._subjects.cell,
+            position=position,
+            anchor=anchor,
+            rules=rules,
+            name=name,
+            bytes=len(body),
+            chunks=len(pieces),
+            first=min(sequences),
+            last=max(sequences),
+            digest=digest.hexdigest(),
+            written_at=at,
+            facts=facts,
+        )
+        await self._log.append(
+            self._subjects.snapshot_manifest,
+            msgspec.json.encode(manifest),
+            message_id=f"manifest.{name}",
+            publisher=writer,
+        )
+        await self.drop_old()
+        return manifest
+
+    async def drop_old(self, kept: int = KEPT) -> None:
+        """Give up everything before the `kept` newest snapshots. Raises `BusError`: then it stays for the moment."""
+        newest = (await self.manifests())[:kept]
+        if len(newest) == kept:
+            await self._log.drop(min(manifest.first for manifest in newest))
+
+    async def manifests(self) -> list[Manifest]:
+        """All snapshots of a format that is known here, the one with the latest position first. Raises `BusError`."""
+        last = await self._log.last(self._subjects.snapshot_manifest)
+        if last is None:
+            return []
+        found: dict[str, Manifest] = {}
+        for record in await self._read(self._subjects.snapshot_manifest, 1, last.sequence):
+            try:
+                manifest = _manifest.decode(record.payload)
+            except (msgspec.DecodeError, ValueError, RecursionError):
+                continue
+            if manifest.format == FORMAT and manifest.cell == self._subjects.cell:
+                found[manifest.name] = manifest
+        return sorted(found.values(), key=lambda one: (one.position, one.last), reverse=True)
+
+    async def read(self, manifest: Manifest) -> bytes:
+        """Its bytes. Raises `Torn`, and `BusError` where nobody answers."""
+        if not (0 < manifest.chunks <= CHUNKS_LIMIT and 0 <= manifest.bytes <= BYTES_LIMIT):
+            raise Torn(f"snapshot {manifest.name} has a manifest that cannot be: {manifest.chunks} chunks")
+        if await self._log.get(manifest.last) is None:
+            raise Torn(f"snapshot {manifest.name} has lost its last chunk")
+        pieces: dict[int, bytes] = {}
+        subject = self._subjects.snapshot_chunk(manifest.name)
+        for record in await self._read(subject, manifest.first, manifest.last):
+            number = int.from_bytes(record.payload[:_NUMBER_BYTES], "little")
+            pieces.setdefault(number, record.payload[_NUMBER_BYTES:])
+        body = b"".join(pieces.get(number, b"") for number in range(manifest.chunks))
+        if len(body) != manifest.bytes or hashlib.blake2b(body, digest_size=32).hexdigest() != manifest.digest:
+            raise Torn(f"snapshot {manifest.name} has {len(body)} bytes that are not the {manifest.bytes} written")
+        return body
+
+    async def _read(self, subject: str, first: int, last: int) -> list[Record]:
+        """All records of a subject up to a sequence that is known to be on it."""
+        records: list[Record] = []
+        reader = await self._log.read([subject], start=first)
+        try:
+            while not records or records[-1].sequence < last:
+                records += await asyncio.wait_for(reader.batch(), READ_SECONDS)
+        except TimeoutError:
+            raise NoAnswer(f"the records of {subject} up to {last} did not come in time") from None
+        finally:
+            await reader.close()
+        return [record for record in records if record.sequence <= last]
