@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bus.config_options import active_file
 from bus.errors import UserError
 from bus.options import (
     DEFAULT_CELL,
@@ -52,7 +53,7 @@ def control(
     """
     from actors.control_process import ControlOptions, run_control
     from actors.logs import configure_logs
-    from actors.sizes import parse_size
+    from bus.sizes import parse_size
 
     check_cell_name(cell)
     configure_logs(as_json=log_json)
@@ -90,9 +91,9 @@ def up(
 
     Example: longshore up --nodes 2 --workers 2 --data ./data
     """
-    from actors.sizes import parse_size
     from actors.up import UpOptions
     from bus.credentials import ConnectionOptions
+    from bus.sizes import parse_size
 
     check_cell_name(cell)
     if device not in ("cpu", "cuda"):
@@ -113,6 +114,7 @@ def up(
         memory=memory,
         dram=dram,
         slots=slots,
+        config=active_file(),
     )
     _run(_up(options))
 
@@ -181,7 +183,7 @@ def _print_status(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from actors.sizes import show_size
+    from bus.sizes import show_size
 
     console = Console()
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(found["requests"].items())) or "none"

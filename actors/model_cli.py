@@ -156,7 +156,7 @@ async def list_models(
     from rich.console import Console
     from rich.table import Table
 
-    from actors.sizes import show_size
+    from bus.sizes import show_size
 
     table = Table("model", "architecture", "size", "context", "tiers", "running on")
     for model in models:

@@ -55,8 +55,8 @@ def node(
 
     from actors.logs import configure_logs
     from actors.node import NodeOptions, run_node
-    from actors.sizes import parse_size
     from bus.contract import BusError
+    from bus.sizes import parse_size
 
     options = NodeOptions(
         nats=connection(nats),

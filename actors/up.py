@@ -53,6 +53,7 @@ class UpOptions:
     memory: str = ""
     dram: str = ""
     slots: int = 0
+    config: Path | None = None
     control_arguments: tuple[str, ...] = ()
     node_arguments: tuple[str, ...] = ()
 
@@ -99,6 +100,7 @@ class CellProcesses:
             await self.server.start_async()
             self.connection = ConnectionOptions(url=self.server.url)
         common = ["--nats", self.url, "--cell", options.cell]
+        common += ["--config", str(options.config)] if options.config is not None else []
         for number in range(1, options.controls + 1):
             arguments = ["control", *common, *options.control_arguments]
             self.controls.append(self._child(f"control-{number}", arguments))

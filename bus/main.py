@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NoReturn
 
+from bus.config_options import Configuration, configured, file_argument, takes_configuration
 from bus.errors import UserError
 from bus.options import with_login
 
@@ -58,10 +59,13 @@ def run(arguments: list[str], points: list[EntryPoint]) -> int:
         pass
 
     groups: dict[str, typer.Typer] = {}
+    configuration = _configuration(arguments, points)
     for point in _needed(arguments, points):
         group, _, name = point.name.rpartition(".")
         target = app
         function = _load(point)
+        if takes_configuration(point.name, function):
+            function = configured(point.name, function, configuration)
         if group:
             if group not in groups:
                 groups[group] = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -72,6 +76,18 @@ def run(arguments: list[str], points: list[EntryPoint]) -> int:
     # Exit codes come back as SystemExit; usage errors print their own sentence.
     command.main(args=arguments, prog_name="longshore")
     return 0
+
+
+def _configuration(arguments: list[str], points: list[EntryPoint]) -> Configuration | None:
+    """What the file says that `--config` or the environment names, checked as a whole. Raises `UserError`."""
+    file = file_argument(arguments, os.environ)
+    if file is None or arguments[:1] == ["config"] or {"--help", "-h"} & set(arguments):
+        return None
+    from bus.config_fields import SECTIONS, fields_of
+    from bus.config_file import load_configuration
+
+    sections = [point for point in points if point.name in SECTIONS]
+    return load_configuration(file, [one for point in sections for one in fields_of(point.name, point.load())])
 
 
 def _needed(arguments: list[str], points: list[EntryPoint]) -> list[EntryPoint]:
