@@ -146,6 +146,19 @@ class Answer:
             raise
         return self._ready.popleft()
 
+    async def batch(self, wait: float) -> list[Chunk]:
+        """All chunks that have come; nothing where none comes for `wait` seconds. Nothing follows the one with `end`.
+
+        That one says how it ended; `RequestFailed` is raised where the answer cannot be had.
+        """
+        now = asyncio.get_running_loop().time
+        until = now() + wait
+        while not self._ready and not self._done and now() < until:
+            await self._step()
+        chunks = list(self._ready)
+        self._ready.clear()
+        return chunks
+
     async def _finish(self) -> None:
         """Nothing is left: close, and say how it ended."""
         first_time = not self._done

@@ -1,0 +1,57 @@
+"""`longshore gateway`. What is heavy is imported inside the function."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bus.options import DEFAULT_CELL, DEFAULT_NATS, CellOption, Failure, NatsOption, check_cell_name
+
+
+def gateway(
+    nats: NatsOption = DEFAULT_NATS,
+    cell: CellOption = DEFAULT_CELL,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen; 0.0.0.0 for everybody.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option("--api-keys", envvar="LONGSHORE_API_KEYS", metavar="FILE", help="Lines of the form NAME KEY."),
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests handled at once; more are refused.")] = 4096,
+    grace: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="What open answers get when the gateway is told to end.")
+    ] = 30.0,
+) -> None:
+    """Serve OpenAI's API over HTTP: chat completions, completions, models, health.
+
+    It is a client of the cell and holds nothing that matters: run as many as you like.
+
+    Example: longshore gateway --port 8000 --api-keys keys.txt
+    """
+    import uvloop
+
+    from bus.contract import BusError
+    from bus.gateway.keys import ApiKeys, read_keys
+    from bus.gateway.process import run_gateway
+    from bus.gateway.settings import GatewaySettings
+
+    check_cell_name(cell)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # what clients do wrong is told to them
+    settings = GatewaySettings(
+        nats=nats,
+        cell=cell,
+        host=host,
+        port=port,
+        keys=read_keys(api_keys) if api_keys is not None else ApiKeys(),
+        requests=requests,
+        grace_seconds=grace,
+    )
+    try:
+        uvloop.run(run_gateway(settings, listening=lambda address: print(f"listening on {address}", flush=True)))
+    except BusError as error:
+        raise Failure(str(error)) from None
