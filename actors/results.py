@@ -7,9 +7,12 @@ worker may not have shown, and readers that come back. Everything is read from T
 from __future__ import annotations
 
 import asyncio
-from typing import Any, cast
+from typing import NamedTuple, cast
+
+import msgspec
 
 from bus.contract import Bus, BusError, NoAnswer
+from bus.logprobs import TokenLogprobs
 from bus.messages import Message, ReaderRefused, ReplyTo, RequestEnded, ShowPositions, Span
 from bus.pages import Page, decode_page
 from bus.replies import (
@@ -23,6 +26,7 @@ from bus.replies import (
     encode_chunk,
     encode_reply,
     reply_headers,
+    too_large,
 )
 from bus.subjects import Subjects
 
@@ -33,6 +37,8 @@ PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 """Between attempts to read what is to be shown. After the last one, its readers have to ask."""
 
 CHUNK_TOKENS = 512
+CHUNK_TOKENS_LOGPROBS = 64
+"""Of these, each token may bring as much text as twenty others."""
 REPLY_LIMIT_BYTES = 1_000_000
 """Largest payload that is published: a NATS server takes 1 MB by default, headers included."""
 
@@ -41,9 +47,18 @@ class PagesGone(Exception):
     """Pages that should be there are not: they are older than the retention of TOKENS."""
 
 
-async def read_span(bus: Bus, subjects: Subjects, request: str, span: Span) -> list[tuple[int, int, str]]:
-    """(position, token, text) of one attempt, in order. Raises `PagesGone`, and `BusError` where nobody answers."""
-    found: dict[int, tuple[int, str]] = {}
+class Position(NamedTuple):
+    """One durable position of an answer; `logprobs` where the request asks for them."""
+
+    position: int
+    token: int
+    text: str
+    logprobs: TokenLogprobs | None
+
+
+async def read_span(bus: Bus, subjects: Subjects, request: str, span: Span) -> list[Position]:
+    """The positions of one attempt, in order. Raises `PagesGone`, and `BusError` where nobody answers."""
+    found: dict[int, Position] = {}
     reader = await bus.tokens.read([subjects.tokens(span.worker, span.epoch)], start=span.first_page)
     try:
         at = 0
@@ -56,7 +71,9 @@ async def read_span(bus: Bus, subjects: Subjects, request: str, span: Span) -> l
                 for sequence in page.sequences if isinstance(page, Page) else ():
                     if sequence.request == request and sequence.attempt == span.attempt:
                         for offset, token in enumerate(sequence.tokens):
-                            found[sequence.position + offset] = (token, sequence.texts[offset])
+                            at_position = sequence.position + offset
+                            logprobs = sequence.logprobs[offset] if sequence.logprobs else None
+                            found[at_position] = Position(at_position, token, sequence.texts[offset], logprobs)
     except TimeoutError:
         if await bus.tokens.get(span.last_page) is None:
             raise PagesGone from None
@@ -65,15 +82,15 @@ async def read_span(bus: Bus, subjects: Subjects, request: str, span: Span) -> l
         raise PagesGone from None
     finally:
         await reader.close()
-    positions = [(position, *found[position]) for position in range(span.first, span.next) if position in found]
+    positions = [found[position] for position in range(span.first, span.next) if position in found]
     if len(positions) != span.next - span.first:
         raise PagesGone
     return positions
 
 
-async def read_spans(bus: Bus, subjects: Subjects, request: str, spans: tuple[Span, ...]) -> list[tuple[int, int, str]]:
+async def read_spans(bus: Bus, subjects: Subjects, request: str, spans: tuple[Span, ...]) -> list[Position]:
     """All positions of some spans. Raises `PagesGone`."""
-    positions: list[tuple[int, int, str]] = []
+    positions: list[Position] = []
     for span in spans:
         positions += await read_span(bus, subjects, request, span)
     return positions
@@ -112,7 +129,7 @@ class ResultsReader:
 
     async def _ended(self, message: RequestEnded) -> None:
         error = error_of(message)
-        positions: list[tuple[int, int, str]] = []
+        positions: list[Position] = []
         try:
             positions = await self._patiently(message.request, message.spans)
         except PagesGone:
@@ -120,19 +137,22 @@ class ResultsReader:
         usage = TokenCounts(message.prompt_tokens, message.positions)
         for reply in message.replies:
             # The end stands behind the last position, whatever this reader wants to see of the answer.
-            chunks = _chunks(message.request, positions, reply.start)
             if reply.single:
-                chunks = [_merged(message.request, chunks, min(reply.start, message.positions))]
+                wanted = [one for one in positions if one.position >= reply.start]
+                start = wanted[0].position if wanted else min(reply.start, message.positions)
+                chunks = [_chunk(message.request, start, wanted)]
+            else:
+                chunks = _chunks(message.request, positions, reply.start)
             last = chunks.pop() if chunks else Chunk(message.request, message.positions, (), "")
             end = cast(ChunkEnd, end_of(message) if error is None or error.code != "expired" else "failed")
             for chunk in chunks:
                 await self._publish(reply, chunk)
-            closing = Chunk(last.request, last.position, last.tokens, last.text, last.texts, end, usage, error)
+            closing = msgspec.structs.replace(last, end=end, usage=usage, error=error)
             await self._publish(reply, closing)
             if not reply.single:
                 await self._bus.publish(reply.subject, b"")
 
-    async def _patiently(self, request: str, spans: tuple[Span, ...]) -> list[tuple[int, int, str]]:
+    async def _patiently(self, request: str, spans: tuple[Span, ...]) -> list[Position]:
         """All positions of some spans, over an outage. Raises `PagesGone`, and `BusError` after the last attempt."""
         for pause in PAUSES_SECONDS:
             try:
@@ -151,15 +171,13 @@ class ResultsReader:
     async def _publish(self, reply: ReplyTo, chunk: Chunk) -> None:
         payload = encode_chunk(chunk, reply.encoding)
         if len(payload) > REPLY_LIMIT_BYTES:
-            error = ErrorBody("too_large", f"the answer takes {len(payload)} bytes: read it as a stream with resume")
-            whole = Chunk(chunk.request, chunk.position, (), "", end="failed", usage=chunk.usage, error=error)
-            payload = encode_chunk(whole, reply.encoding)
+            payload = encode_chunk(too_large(chunk, len(payload)), reply.encoding)
         await self._bus.publish(reply.subject, payload, headers=reply_headers(reply.encoding) or None)
 
     async def result(self, ended: RequestEnded) -> Result:
         """The whole answer of an ended request, or its error."""
         error = error_of(ended)
-        positions: list[tuple[int, int, str]] = []
+        positions: list[Position] = []
         try:
             positions = await read_spans(self._bus, self._subjects, ended.request, ended.spans)
         except PagesGone:
@@ -169,8 +187,9 @@ class ResultsReader:
             request=ended.request,
             positions=ended.positions,
             end=cast(ChunkEnd, end_of(ended)),
-            text="".join(text for _, _, text in positions),
-            tokens=tuple(token for _, token, _ in positions),
+            text="".join(one.text for one in positions),
+            tokens=tuple(one.token for one in positions),
+            logprobs=tuple(one.logprobs for one in positions if one.logprobs is not None),
             usage=TokenCounts(ended.prompt_tokens, ended.positions),
             error=error,
         )
@@ -187,22 +206,19 @@ def error_of(message: RequestEnded) -> ErrorBody | None:
     return None
 
 
-def _chunks(request: str, positions: list[tuple[int, int, str]], start: int) -> list[Chunk]:
-    wanted = [one for one in positions if one[0] >= start]
+def _chunks(request: str, positions: list[Position], start: int) -> list[Chunk]:
+    wanted = [one for one in positions if one.position >= start]
     chunks = []
     while wanted:
         count = 1
-        while count < min(len(wanted), CHUNK_TOKENS) and wanted[count][0] == wanted[0][0] + count:
+        limit = CHUNK_TOKENS if wanted[0].logprobs is None else CHUNK_TOKENS_LOGPROBS
+        while count < min(len(wanted), limit) and wanted[count].position == wanted[0].position + count:
             count += 1
         part, wanted = wanted[:count], wanted[count:]
-        chunks.append(chunk_of(request, part[0][0], [t for _, t, _ in part], [text for _, _, text in part]))
+        chunks.append(_chunk(request, part[0].position, part))
     return chunks
 
 
-def _merged(request: str, chunks: list[Chunk], start: int) -> Chunk:
-    tokens: list[Any] = []
-    texts: list[str] = []
-    for chunk in chunks:
-        tokens += chunk.tokens
-        texts += chunk.texts or (chunk.text,)
-    return chunk_of(request, chunks[0].position if chunks else start, tokens, texts)
+def _chunk(request: str, position: int, part: list[Position]) -> Chunk:
+    logprobs = [one.logprobs for one in part if one.logprobs is not None]
+    return chunk_of(request, position, [one.token for one in part], [one.text for one in part], logprobs=logprobs)

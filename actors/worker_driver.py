@@ -208,7 +208,7 @@ class _Work:
             if effect.model not in self._engines:
                 raise AttachRefused(f"{effect.model} is not attached here", retry=True)
             generation = effect.generation or await self._prompts.generation(effect)
-            earlier = await self._prompts.earlier(effect)
+            earlier, logprobs = await self._prompts.earlier(effect, logprobs=generation.logprobs >= 0)
             encoded = await self._runtime.encode(effect.model, generation)
             sampling = self._fit(effect.model, len(encoded.prompt), encoded.sampling)
             start = SequenceStart(sequence.key, encoded.prompt, earlier, sampling)
@@ -218,7 +218,7 @@ class _Work:
         except (PromptRefused, NotKept) as refused:
             self._refuse(sequence, str(refused))
         else:
-            sequence.prepare(start, texts)
+            sequence.prepare(start, texts, logprobs)
             self._admission.append(sequence)
             self._compute_wanted.set()
             if earlier:
@@ -319,7 +319,7 @@ class _Work:
                 sequence.first_token_at = self._now()
             tokens, texts = ((event.token,), (event.text,)) if event.token != NO_TOKEN else ((), ())
             end: PageEnd = "" if event.end is None else "stop" if event.end == "stop" else "length"
-            batch.add(sequence, tokens, texts, end)
+            batch.add(sequence, tokens, texts, end, (event.logprobs,) if event.logprobs is not None else ())
 
     async def _break_off(self, result: StepResult, batch: Batch) -> None:
         """An engine broke in a step: what it held has failed. Twice in a row, and the device is not to be trusted."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from bus.contract import BusError, Log, NoAnswer, Record
+from bus.logprobs import TokenLogprobs
 from bus.messages import (
     Generation,
     Message,
@@ -35,6 +36,13 @@ class NotKept(Exception):
     """What a sequence is to go on from is not there (any more); one sentence."""
 
 
+class Earlier(NamedTuple):
+    """Positions of an answer that others decoded; `logprobs` may be empty."""
+
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
 class Prompts:
     """Reads what `sequence.start` cites. An outage is waited for; only what is certainly not there is `NotKept`."""
 
@@ -51,40 +59,46 @@ class Prompts:
             raise NotKept(f"ledger sequence {start.accepted} does not hold request {start.request}")
         return fact.generation
 
-    async def earlier(self, start: StartSequence) -> tuple[int, ...]:
-        """The tokens of the answer before `start.position`. Raises `NotKept`."""
+    async def earlier(self, start: StartSequence, *, logprobs: bool = False) -> Earlier:
+        """The answer before `start.position`, with `logprobs` if wanted (only pages have them). Raises `NotKept`."""
         tokens: list[int] = []
+        found_logprobs: list[TokenLogprobs] = []
         for span in start.history:
             if span.first > len(tokens):
                 break
-            found = await (self._sealed(start, span) if span.sealed else self._paged(start, span))
-            del tokens[span.first :]
-            tokens += found
-        if len(tokens) < start.position:
-            raise NotKept(f"positions {len(tokens)} to {start.position - 1} of the answer are not kept any more")
-        return tuple(tokens[: start.position])
+            sealed = span.sealed and not logprobs
+            found = await (self._sealed(start, span) if sealed else self._paged(start, span))
+            del tokens[span.first :], found_logprobs[span.first :]
+            tokens += found.tokens
+            found_logprobs += found.logprobs
+        known = min(len(tokens), len(found_logprobs)) if logprobs else len(tokens)
+        if known < start.position:
+            raise NotKept(f"positions {known} to {start.position - 1} of the answer are not kept any more")
+        return Earlier(tuple(tokens[: start.position]), tuple(found_logprobs[: start.position]))
 
-    async def _sealed(self, start: StartSequence, span: Span) -> list[int]:
+    async def _sealed(self, start: StartSequence, span: Span) -> Earlier:
         fact = await self._fact(span.sealed)
         if isinstance(fact, SequencesSealed):
             for sealed in fact.sequences:
                 if sealed.request == start.request and sealed.attempt == span.attempt:
-                    return list(sealed.tokens[span.first - sealed.first :][: span.next - span.first])
-        return []
+                    return Earlier(sealed.tokens[span.first - sealed.first :][: span.next - span.first])
+        return Earlier()
 
-    async def _paged(self, start: StartSequence, span: Span) -> list[int]:
+    async def _paged(self, start: StartSequence, span: Span) -> Earlier:
         async def last_page() -> Record | None:
             return await self._tokens.get(span.last_page)
 
-        async def pages() -> list[int]:
+        async def pages() -> Earlier:
             return await self._read_pages(start, span)
 
         if await _patiently(last_page) is None:
-            return []
+            return Earlier()
         return await _patiently(pages)
 
-    async def _read_pages(self, start: StartSequence, span: Span) -> list[int]:
+    async def _read_pages(self, start: StartSequence, span: Span) -> Earlier:
         tokens: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        size = span.next - span.first
         subject = self._subjects.tokens(span.worker, span.epoch)
         reader = await self._tokens.read([subject], start=span.first_page)
         try:
@@ -92,19 +106,20 @@ class Prompts:
                 while True:
                     for record in await reader.batch():
                         if record.sequence > span.last_page:
-                            return tokens
+                            return Earlier(tuple(tokens), tuple(logprobs))
                         page = decode_page(record.payload)
                         for part in page.sequences if isinstance(page, Page) else ():
                             if (part.request, part.attempt) != (start.request, span.attempt):
                                 continue
                             if part.position == span.first + len(tokens):
                                 tokens += part.tokens
+                                logprobs += part.logprobs
                         if record.sequence == span.last_page:
-                            return tokens[: span.next - span.first]
+                            return Earlier(tuple(tokens[:size]), tuple(logprobs[:size]))
         except TimeoutError:
             raise NoAnswer(f"{subject} did not arrive within {PAGES_SECONDS:g} s") from None
         except ValueError:  # a record that is no page: what lies behind it counts as not kept
-            return tokens
+            return Earlier(tuple(tokens), tuple(logprobs))
         finally:
             await reader.close()
 

@@ -43,6 +43,7 @@ def sampling_of(generation: Generation, defaults: Sampling) -> Sampling:
         presence_penalty=generation.presence_penalty,
         frequency_penalty=generation.frequency_penalty,
         logit_bias=generation.logit_bias,
+        logprobs=generation.logprobs,
     )
 
 

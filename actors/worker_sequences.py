@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from bus.logprobs import TokenLogprobs
 from bus.messages import ReplyTo, SequenceFailed, SequenceFinished, SequenceProgress, StartSequence, extend_chain
 from bus.pages import Page, PageEnd, PageSequence, encode_page
 from models.contract import SequenceStart
@@ -36,8 +37,9 @@ class ReplyReader:
 class HeldSequence:
     """One attempt of one request, from the effect that started it to the fact that answers it.
 
-    `tokens` and `texts` begin at position 0, whoever decoded them; those before `durable` are acknowledged, and
-    `digest` covers these. `end` is set when a page that ends it is on its way, `ended` once that is acknowledged.
+    `tokens`, `texts` and `logprobs` (empty where nobody asks for them) begin at position 0, whoever decoded them; those
+    before `durable` are acknowledged, and `digest` covers these. `end` is set when a page that ends it is on its way,
+    `ended` once that is acknowledged.
     """
 
     effect: StartSequence
@@ -48,6 +50,7 @@ class HeldSequence:
     running: bool = False
     tokens: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     durable: int = 0
     digest: str = ""
     stopping: Stop = ""
@@ -71,11 +74,14 @@ class HeldSequence:
         """Nothing more is decoded for it."""
         return bool(self.end or self.failure)
 
-    def prepare(self, start: SequenceStart, texts: Iterable[str]) -> None:
+    def prepare(self, start: SequenceStart, texts: Iterable[str], logprobs: Iterable[TokenLogprobs]) -> None:
         """Everything is known that the engine needs. What is durable from earlier attempts counts as such here."""
         self.start = start
         self.tokens, self.texts = list(start.generated), list(texts)
         assert len(self.tokens) == len(self.texts) == self.effect.position, "one text for each earlier token"
+        if start.sampling.logprobs >= 0:
+            self.logprobs = list(logprobs)
+            assert len(self.logprobs) == len(self.tokens), "logprobs for each earlier token"
         self.durable = len(self.tokens)
         self.digest = tokens_digest(self.tokens)
 
@@ -136,11 +142,19 @@ class Batch:
     def __bool__(self) -> bool:
         return bool(self.entries or self.failed)
 
-    def add(self, sequence: HeldSequence, tokens: tuple[int, ...], texts: tuple[str, ...], end: PageEnd) -> None:
+    def add(
+        self,
+        sequence: HeldSequence,
+        tokens: tuple[int, ...],
+        texts: tuple[str, ...],
+        end: PageEnd,
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> None:
         """The next positions of a sequence, and how it ended with them if it did."""
         position = len(sequence.tokens)
         sequence.tokens += tokens
         sequence.texts += texts
+        sequence.logprobs += logprobs
         sequence.end = end
         part = PageSequence(
             request=sequence.effect.request,
@@ -150,6 +164,7 @@ class Batch:
             texts=texts,
             end=end,
             prompt_tokens=sequence.prompt_tokens if end else 0,
+            logprobs=logprobs,
         )
         self.entries.append(PageEntry(sequence, part))
 

@@ -7,7 +7,7 @@ import logging
 from actors.worker_sequences import HeldSequence, ReplyReader
 from bus.contract import Bus, BusError
 from bus.messages import OUTPUT_LIMIT_BYTES
-from bus.replies import ChunkEnd, TokenCounts, chunk_of, encode_chunk, reply_headers
+from bus.replies import Chunk, ChunkEnd, TokenCounts, chunk_of, encode_chunk, reply_headers, too_large
 
 POSITIONS_PER_CHUNK = 2000
 
@@ -40,9 +40,13 @@ class Showing:
                 return
             following = sequence.durable if reply.single else min(sequence.durable, first + POSITIONS_PER_CHUNK)
             payload = self._chunk(sequence, first, following, reader)
-            if len(payload) > OUTPUT_LIMIT_BYTES and following - first > 1:
+            while len(payload) > OUTPUT_LIMIT_BYTES and following - first > 1 and not reply.single:
                 following = first + max(1, (following - first) // (len(payload) // OUTPUT_LIMIT_BYTES + 2))
                 payload = self._chunk(sequence, first, following, reader)
+            if len(payload) > OUTPUT_LIMIT_BYTES and reply.single:
+                usage = TokenCounts(sequence.prompt_tokens, sequence.durable)
+                whole = Chunk(sequence.effect.request, first, (), "", usage=usage)
+                payload = encode_chunk(too_large(whole, len(payload)), reply.encoding)
             reader.next = following
             last = sequence.ended and following == sequence.durable
             reader.done = last
@@ -66,6 +70,7 @@ class Showing:
                 sequence.texts[first:following],
                 end=end,
                 usage=usage,
+                logprobs=sequence.logprobs[first:following],
             )
             payload = self._encoded[key] = encode_chunk(chunk, reader.reply.encoding)
         return payload

@@ -21,8 +21,19 @@ from types import TracebackType
 
 from bus.contract import Bus, BusError, Delivery, Inbox
 from bus.messages.requests import Encoding
-from bus.reassembly import Reassembly
-from bus.replies import Chunk, ChunkEnd, ErrorBody, Result, Status, TokenCounts, decode_reply
+from bus.reassembly import Choices
+from bus.replies import (
+    Chunk,
+    ChunkEnd,
+    ErrorBody,
+    Result,
+    Status,
+    TokenCounts,
+    counted,
+    decode_reply,
+    end_of_all,
+    merged,
+)
 
 FIRST_WAIT_SECONDS = 0.05
 LONGEST_WAIT_SECONDS = 30.0
@@ -71,9 +82,10 @@ class Question:
 class Answer:
     """The chunks of one request, in order: `async for chunk in answer`. It asks when iteration begins.
 
-    The last chunk carries `end` and `usage`. An answer that ends as failed or quarantined raises `RequestFailed` after
-    its last position. Use it as `async with` where you may leave early; with `cancel_on_close` the request then ends,
-    too. One task reads it.
+    The last chunk carries `end` and `usage`. With `n` above 1 the chunks of its answers come mixed, each answer in
+    order (`choice` says which) and with an end of its own; this object's `end` and `usage` are those of all together,
+    after the last. An answer that ends as failed or quarantined raises `RequestFailed` after its last position. Use it
+    as `async with` where you may leave early; with `cancel_on_close` the request then ends, too. One task reads it.
     """
 
     def __init__(
@@ -84,6 +96,7 @@ class Answer:
         first: Question | None,
         resume: Question,
         start: int,
+        choices: int = 1,
         encoding: Encoding,
         patience: Patience,
         cancel: Callable[[], Awaitable[object]],
@@ -106,7 +119,8 @@ class Answer:
         self._timeout = timeout
         self._limit = float("inf")
         self._tell_closed = closed
-        self._positions = Reassembly(start)
+        self._positions = Choices(start, choices)
+        self._ends: dict[int, Chunk] = {}
         self._ready: deque[Chunk] = deque()
         self._failure: ErrorBody | None = None
         self._inbox: Inbox | None = None
@@ -124,8 +138,8 @@ class Answer:
 
     @property
     def position(self) -> int:
-        """The first position not yet seen."""
-        return self._ready[0].position if self._ready else self._positions.next
+        """The first position not yet seen (with several answers: that one of them still misses)."""
+        return min([self._positions.next, *(chunk.position for chunk in self._ready)])
 
     def __aiter__(self) -> Answer:
         return self
@@ -173,8 +187,19 @@ class Answer:
         return "".join([chunk.text async for chunk in self])
 
     async def whole(self) -> Result:
-        """All that is left of the answer, with its tokens, its end and its usage."""
+        """All that is left of the answer, with its tokens, its end and its usage; of several answers, its `choices`."""
         chunks = [chunk async for chunk in self]
+        if len(self._ends) > 1:
+            choices = [[chunk for chunk in chunks if chunk.choice == choice] for choice in sorted(self._ends)]
+            positions = sum(part[-1].next for part in choices if part)
+            return Result(
+                "ended",
+                self.request_id,
+                positions,
+                self.end,
+                usage=self.usage,
+                choices=tuple(merged(part) for part in choices if part),
+            )
         return Result(
             "ended",
             self.request_id,
@@ -183,6 +208,7 @@ class Answer:
             text="".join(chunk.text for chunk in chunks),
             tokens=tuple(token for chunk in chunks for token in chunk.tokens),
             usage=self.usage,
+            logprobs=tuple(one for chunk in chunks for one in chunk.logprobs),
         )
 
     async def cancel(self) -> None:
@@ -306,10 +332,14 @@ class Answer:
         self._wait = FIRST_WAIT_SECONDS
         last = ready[-1]
         if last.end:
-            self.end = last.end
-            self.usage = last.usage
+            self._ends[last.choice] = last
             if last.end in ("failed", "quarantined"):
-                self._failure = last.error or ErrorBody(last.end, f"request {self.request_id} ended as {last.end}")
+                told = last.error or ErrorBody(last.end, f"request {self.request_id} ended as {last.end}")
+                self._failure = self._failure or told
+        if self._positions.ended:
+            ends = [self._ends[choice] for choice in sorted(self._ends)]
+            self.end = end_of_all([chunk.end for chunk in ends])
+            self.usage = ends[0].usage if len(ends) == 1 else counted(ends)
         self._ready.extend(ready)
 
     def _accept(self, now: float) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from bus.logprobs import ALTERNATIVES_LIMIT
 from bus.messages.envelope import OUTPUT_LIMIT_BYTES, encode
 from bus.messages.requests import (
     PRIORITY_LIMIT,
@@ -249,6 +250,7 @@ _INFER: dict[str, Check] = {
     "presence_penalty": _real(-PENALTY_LIMIT, PENALTY_LIMIT),
     "frequency_penalty": _real(-PENALTY_LIMIT, PENALTY_LIMIT),
     "logit_bias": _logit_bias,
+    "logprobs": _whole(0, ALTERNATIVES_LIMIT),
     "priority": _whole(-PRIORITY_LIMIT, PRIORITY_LIMIT),
     "client": _name,
     "key": _name,
@@ -346,6 +348,8 @@ _LATER_FIELDS = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "logit_bias": (),
+    "logprobs": -1,
+    "n": 1,
 }
 _PRIORITY = {"priority": 0}
 

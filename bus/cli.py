@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bus.answer import Answer
     from bus.client import Client
     from bus.contract import Bus, Record
+    from bus.replies import Chunk
     from bus.sentences import Event
     from bus.subjects import Subjects
 
@@ -212,6 +213,10 @@ async def ask(
         list[str] | None,
         typer.Option("--logit-bias", metavar="ID=NUMBER", help="Add this to the token's logit; may be repeated."),
     ] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option("--logprobs", help="Show each token's log-probability and so many alternatives."),
+    ] = None,
     priority: Annotated[int | None, typer.Option("--priority", help="-100 to 100; larger goes first.")] = None,
     key: Annotated[
         str | None, typer.Option("--key", help="Idempotency key: the same one attaches to its answer.")
@@ -235,6 +240,7 @@ async def ask(
     given |= {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     given |= {"min_tokens": min_tokens, "stop_tokens": stop_token or None, "priority": priority}
     given |= {"repetition_penalty": repetition_penalty, "logit_bias": _biases(logit_bias)}
+    given |= {"logprobs": logprobs}
     given |= {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
     async with connected(nats, cell) as bus:
         client = Client(bus, cell, patience=Patience(nobody=2.0))
@@ -265,6 +271,8 @@ async def _print_answer(client: Client, answer: Answer, as_json: bool) -> None:
         async for chunk in answer:
             if as_json:
                 sys.stdout.write(msgspec.json.encode(chunk).decode() + "\n")
+            elif chunk.logprobs:
+                sys.stdout.write(_logprob_lines(chunk))
             else:
                 sys.stdout.write(chunk.text)
             shown = True
@@ -278,6 +286,15 @@ async def _print_answer(client: Client, answer: Answer, as_json: bool) -> None:
     if answer.end in ("cancelled", "deadline"):
         how = "was cancelled" if answer.end == "cancelled" else "went past its deadline"
         raise Failure(f"request {answer.request_id} {how} after {answer.position} tokens")
+
+
+def _logprob_lines(chunk: Chunk) -> str:
+    """One line for each token: its log-probability, its text, and the alternatives with theirs."""
+    lines = []
+    for text, one in zip(chunk.texts or (chunk.text,), chunk.logprobs, strict=False):
+        others = "  ".join(f"{other.text!r} {other.logprob:.3f}" for other in one.alternatives)
+        lines.append(f"{one.logprob:9.3f}  {text!r:16} {others}".rstrip() + "\n")
+    return "".join(lines)
 
 
 async def _cancel(client: Client, answer: Answer) -> None:

@@ -33,7 +33,7 @@ from bus.api import DEFAULT_CLIENT, Refusal, parse_infer
 from bus.contract import Bus, BusError, NoAnswer, NoResponders, Unreachable
 from bus.credentials import DEFAULT_URL, ConnectionOptions
 from bus.messages.envelope import OUTPUT_LIMIT_BYTES
-from bus.messages.requests import Encoding, request_id
+from bus.messages.requests import CHOICES_LIMIT, Encoding, request_id
 from bus.replies import Chunk, Result, Status, TokenCounts, decode_reply, encode_reply, reply_headers
 from bus.subjects import Subjects
 
@@ -53,6 +53,15 @@ class RequestFields(TypedDict, total=False):
     top_k: int | None
     seed: int | None
     stop: str | Sequence[str] | None
+    stop_tokens: Sequence[int] | None
+    min_tokens: int | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[str, float] | None
+    logprobs: int | None
+    n: int | None
+    priority: int | None
     client: str | None
     deadline_ms: int | None
 
@@ -140,7 +149,7 @@ class Client:
         self._encode(body)
         request = request_id(body["client"], key)
         first = Question(self._subjects.infer(model), lambda at: self._encode(body | {"from": at}), self._headers)
-        return self._answer(request, first, start, cancel_on_close, timeout)
+        return self._answer(request, first, start, cancel_on_close, timeout, body.get("n", 1))
 
     def resume(
         self, request: str, start: int = 0, *, cancel_on_close: bool = False, timeout: float | None = None
@@ -149,7 +158,13 @@ class Client:
         return self._answer(request, None, start, cancel_on_close, timeout)
 
     def _answer(
-        self, request: str, first: Question | None, start: int, cancel_on_close: bool, timeout: float | None
+        self,
+        request: str,
+        first: Question | None,
+        start: int,
+        cancel_on_close: bool,
+        timeout: float | None,
+        choices: int = 1,
     ) -> Answer:
         async def cancel() -> None:
             await self.cancel(request)
@@ -160,6 +175,7 @@ class Client:
             first=first,
             resume=Question(self._subjects.resume(request), lambda at: self._encode({"from": at}), self._headers),
             start=start,
+            choices=choices if choices in range(1, CHOICES_LIMIT + 1) else 1,
             encoding=self._encoding,
             patience=self._patience,
             cancel=cancel,

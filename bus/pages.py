@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from bus.logprobs import TokenLogprobs
 from bus.messages.envelope import Count, Name, Positive
 
 PageEnd = Literal["", "stop", "length", "cancelled", "deadline", "handed-over", "failed"]
@@ -19,7 +20,8 @@ PageEnd = Literal["", "stop", "length", "cancelled", "deadline", "handed-over", 
 class PageSequence(msgspec.Struct, frozen=True, omit_defaults=True):
     """The positions [position, position + len(tokens)) of one attempt of one request.
 
-    `texts` holds the piece of text of each token (possibly empty); `prompt_tokens` stands where `end` does.
+    `texts` holds the piece of text of each token (possibly empty), `logprobs` one entry for each where the request asks
+    for them; `prompt_tokens` stands where `end` does.
     """
 
     request: Name
@@ -29,10 +31,13 @@ class PageSequence(msgspec.Struct, frozen=True, omit_defaults=True):
     texts: tuple[str, ...]
     end: PageEnd = ""
     prompt_tokens: Count = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.texts):
             raise ValueError(f"{len(self.tokens)} tokens, but {len(self.texts)} texts")
+        if self.logprobs and len(self.logprobs) != len(self.tokens):
+            raise ValueError(f"{len(self.tokens)} tokens, but {len(self.logprobs)} logprobs")
 
 
 class Page(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

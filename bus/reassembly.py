@@ -18,14 +18,15 @@ EARLY_LIMIT = 4096
 def cut(chunk: Chunk, start: int) -> Chunk | None:
     """The part of a chunk from position `start` on; None where it does not say which text that part has.
 
-    >>> cut(Chunk("r", 3, (7, 8), "ab", ("a", "b")), 4)
-    Chunk(request='r', position=4, tokens=(8,), text='b', texts=(), end='', usage=None, error=None)
+    >>> part = cut(Chunk("r", 3, (7, 8), "ab", ("a", "b")), 4)
+    >>> part.position, part.tokens, part.text
+    (4, (8,), 'b')
     """
     skip = start - chunk.position
     if skip <= 0:
         return chunk
     if skip >= len(chunk.tokens):
-        return msgspec.structs.replace(chunk, position=start, tokens=(), text="", texts=())
+        return msgspec.structs.replace(chunk, position=start, tokens=(), text="", texts=(), logprobs=())
     if not chunk.texts:
         return None
     texts = chunk.texts[skip:]
@@ -35,6 +36,7 @@ def cut(chunk: Chunk, start: int) -> Chunk | None:
         tokens=chunk.tokens[skip:],
         text="".join(texts),
         texts=texts if len(texts) > 1 else (),
+        logprobs=chunk.logprobs[skip:],
     )
 
 
@@ -82,7 +84,8 @@ class Reassembly:
         part = cut(chunk, self.next)
         if part is None:
             # Its text cannot be cut: the cell shows the rest again when asked from `next`.
-            self._early.setdefault(chunk.next, msgspec.structs.replace(chunk, position=chunk.next, tokens=(), text=""))
+            rest = msgspec.structs.replace(chunk, position=chunk.next, tokens=(), text="", logprobs=())
+            self._early.setdefault(chunk.next, rest)
             return
         self.next = part.next
         self.ended = bool(part.end)
@@ -97,3 +100,33 @@ class Reassembly:
             farthest = max(self._early)
             if farthest - self.next > EARLY_LIMIT and len(self._early) > 1:
                 del self._early[farthest]
+
+
+class Choices:
+    """The positions of every answer (choice) of one request, each from `start` on.
+
+    The same questions as of `Reassembly`: `next` is the first position that some choice still misses. How many there
+    are is known from `count` on, or from the first chunk with an end.
+    """
+
+    def __init__(self, start: int = 0, count: int = 1) -> None:
+        self._start = start
+        self._parts = [Reassembly(start) for _ in range(count)]
+
+    @property
+    def next(self) -> int:
+        return min((part.next for part in self._parts if not part.ended), default=self._parts[0].next)
+
+    @property
+    def ended(self) -> bool:
+        return all(part.ended for part in self._parts)
+
+    @property
+    def hole(self) -> bool:
+        return any(part.hole for part in self._parts)
+
+    def feed(self, chunk: Chunk) -> list[Chunk]:
+        """What can be given out now of the chunk's choice; see `Reassembly.feed`."""
+        while len(self._parts) < max(chunk.n, chunk.choice + 1):
+            self._parts.append(Reassembly(self._start))
+        return self._parts[chunk.choice].feed(chunk)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
-from bus.messages.requests import Encoding
+from bus.logprobs import TokenLogprobs
+from bus.messages.requests import CHOICES_LIMIT, Encoding
 
 MSGPACK_TYPE = "application/msgpack"
 ERROR_HEADER = "Nats-Service-Error"
@@ -52,7 +54,8 @@ class Chunk(msgspec.Struct, frozen=True, omit_defaults=True):
     """Positions [position, position + len(tokens)) of one answer, and how it ended if these are the last ones.
 
     `texts` has the piece of each token wherever there is more than one token, so that readers can cut a chunk; the
-    pieces make up `text`.
+    pieces make up `text`. `logprobs` has one entry for each token where the request asks for them. `choice`: which
+    answer of a request that asks for several; where one of them ends, `n` says how many there are.
     """
 
     request: str
@@ -63,8 +66,13 @@ class Chunk(msgspec.Struct, frozen=True, omit_defaults=True):
     end: ChunkEnd = ""
     usage: TokenCounts | None = None
     error: ErrorBody | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    choice: Annotated[int, Meta(ge=0, lt=CHOICES_LIMIT)] = 0
+    n: Annotated[int, Meta(ge=1, le=CHOICES_LIMIT)] = 1
 
     def __post_init__(self) -> None:
+        if self.logprobs and len(self.logprobs) != len(self.tokens):
+            raise ValueError("logprobs are not one entry for each token")
         if self.position < 0:
             raise ValueError(f"position {self.position} is below 0")
         if self.texts and (len(self.texts) != len(self.tokens) or "".join(self.texts) != self.text):
@@ -85,7 +93,11 @@ class Status(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Result(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is known of a request: `running` with its durable positions, or `ended` with the whole answer."""
+    """What is known of a request: `running` with its durable positions, or `ended` with the whole answer.
+
+    Of a request with several answers `positions` and `usage` count all of them, and `choices` has them, each as one
+    chunk (while it runs: how far each is).
+    """
 
     status: Literal["running", "ended"]
     request: str
@@ -95,9 +107,20 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens: tuple[int, ...] = ()
     usage: TokenCounts | None = None
     error: ErrorBody | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    choices: tuple[Chunk, ...] = ()
 
 
-Reply = Chunk | Status | Result
+class WholeAnswers(msgspec.Struct, frozen=True, omit_defaults=True):
+    """All answers of a request that asks for several, in one message, each as one chunk from `from` on."""
+
+    request: str
+    choices: tuple[Chunk, ...]
+    usage: TokenCounts | None = None
+    error: ErrorBody | None = None
+
+
+Reply = Chunk | Status | Result | WholeAnswers
 
 
 class Refusal(Exception):
@@ -142,10 +165,62 @@ def chunk_of(
     end: ChunkEnd = "",
     usage: TokenCounts | None = None,
     error: ErrorBody | None = None,
+    logprobs: Sequence[TokenLogprobs] = (),
+    choice: int = 0,
+    n: int = 1,
 ) -> Chunk:
     """A chunk from the tokens and their pieces of text (equally many)."""
     pieces = tuple(texts) if len(tokens) > 1 else ()
-    return Chunk(request, position, tuple(tokens), "".join(texts), pieces, end, usage, error)
+    return Chunk(
+        request, position, tuple(tokens), "".join(texts), pieces, end, usage, error, tuple(logprobs), choice, n
+    )
+
+
+def merged(chunks: Sequence[Chunk]) -> Chunk:
+    """Chunks of one answer that follow each other, as one."""
+    last = chunks[-1]
+    return msgspec.structs.replace(
+        chunk_of(
+            last.request,
+            chunks[0].position,
+            [token for chunk in chunks for token in chunk.tokens],
+            [text for chunk in chunks for text in (chunk.texts or (chunk.text,) * len(chunk.tokens))],
+            logprobs=[one for chunk in chunks for one in chunk.logprobs],
+        ),
+        end=last.end,
+        usage=last.usage,
+        error=last.error,
+        choice=last.choice,
+        n=last.n,
+    )
+
+
+def counted(choices: Sequence[Chunk]) -> TokenCounts:
+    """The usage of all answers of one request: its prompt counts once."""
+    usages = [chunk.usage for chunk in choices if chunk.usage is not None]
+    prompt = max((usage.prompt_tokens for usage in usages), default=0)
+    return TokenCounts(prompt, sum(usage.completion_tokens for usage in usages))
+
+
+def end_of_all(ends: Sequence[ChunkEnd]) -> ChunkEnd:
+    """How a request with several answers ended: as the first of them that was broken off, else as the first one."""
+    return next((end for end in ends if end not in ("stop", "length")), ends[0] if ends else "")
+
+
+def too_large(chunk: Chunk, size: int) -> Chunk:
+    """What stands for a whole answer of `size` bytes that no message can carry."""
+    error = ErrorBody("too_large", f"the answer takes {size} bytes: read it as a stream with resume")
+    return Chunk(
+        chunk.request,
+        chunk.position,
+        (),
+        "",
+        end="failed",
+        usage=chunk.usage,
+        error=error,
+        choice=chunk.choice,
+        n=chunk.n,
+    )
 
 
 _encode_json = msgspec.json.Encoder().encode
@@ -169,6 +244,7 @@ class _Probe(msgspec.Struct, frozen=True):
     """Only what tells the kinds of reply apart."""
 
     status: str = ""
+    choices: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
 class _Decoders:
@@ -180,6 +256,16 @@ class _Decoders:
         self.chunk = make(Chunk)
         self.status = make(Status)
         self.result = make(Result)
+        self.whole = make(WholeAnswers)
+
+    def of(self, payload: bytes) -> Any:
+        """The decoder for what the payload is. Chunks come by the thousand: they are told by their beginning."""
+        if payload.startswith(b'{"request":') and b'"choices":' not in payload[:80]:
+            return self.chunk
+        probe = self.probe.decode(payload)
+        if probe.status:
+            return self.status if probe.status in ("accepted", "refused", "unknown") else self.result
+        return self.chunk if probe.choices is msgspec.UNSET else self.whole
 
 
 _decoders = {"json": _Decoders("json"), "msgpack": _Decoders("msgpack")}
@@ -189,9 +275,7 @@ def decode_reply(payload: bytes, encoding: Encoding = "json") -> Reply:
     """Raises ValueError, in one sentence, for anything that no cell says. An empty payload is the caller's affair."""
     decoders = _decoders[encoding]
     try:
-        status = "" if payload.startswith(b'{"request":') else decoders.probe.decode(payload).status
-        kind = decoders.status if status in ("accepted", "refused", "unknown") else decoders.result
-        reply: Reply = (kind if status else decoders.chunk).decode(payload)
+        reply: Reply = decoders.of(payload).decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"not a reply of a cell: {error}") from None
     return reply

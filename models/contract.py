@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from bus.logprobs import ALTERNATIVES_LIMIT, TokenLogprobs
+
 NO_TOKEN = -1
 """Token id of an event that carries an end and no token."""
 
@@ -34,6 +36,8 @@ class Sampling:
     Logits change in this order, all of it following from prompt and tokens so far alone: those of tokens that stand in
     the prompt or the answer are divided by `repetition_penalty` where positive, multiplied where negative; tokens of
     the answer lose `presence_penalty` once and `frequency_penalty` for each time; `logit_bias` is added.
+
+    `logprobs`: so many of the likeliest tokens come with each token, and its own log-probability; -1 for none of that.
     """
 
     max_tokens: int
@@ -48,6 +52,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int = -1
 
     @property
     def penalises(self) -> bool:
@@ -88,7 +93,8 @@ class TokenEvent:
     the context is full); after an event with an end the sequence has left the engine.
 
     When the `generated` of a start had ended already, the only event is one without a token: `token` is NO_TOKEN,
-    `position` is `len(generated)`, `text` is empty and `end` is set.
+    `position` is `len(generated)`, `text` is empty and `end` is set. `logprobs` is there where they were asked for and
+    there is a token.
     """
 
     key: str
@@ -96,6 +102,7 @@ class TokenEvent:
     token: int
     text: str
     end: str | None
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +176,8 @@ def check_start(start: SequenceStart, *, context: int, vocabulary: int) -> None:
         raise AdmissionRefused(f"top_k is {sampling.top_k}: use 0 (all tokens) or a positive number.")
     if sampling.min_tokens < 0:
         raise AdmissionRefused(f"min_tokens is {sampling.min_tokens}: use 0 or a positive number.")
+    if not -1 <= sampling.logprobs <= ALTERNATIVES_LIMIT:
+        raise AdmissionRefused(f"logprobs is {sampling.logprobs}: ask for at most {ALTERNATIVES_LIMIT}.")
     if not 0.0 < sampling.repetition_penalty < float("inf"):
         raise AdmissionRefused(f"repetition_penalty is {sampling.repetition_penalty}: use a positive number.")
     for name in ("presence_penalty", "frequency_penalty"):

@@ -44,6 +44,11 @@ class Detokenizer:
             self._shrink(text)
         return piece
 
+    def peek(self, token: int) -> str:
+        """The text that would become certain if this were the next token."""
+        text = self._decode([*self._window, token])
+        return text[self._shown : len(text) - _held(text)]
+
     def flush(self) -> str:
         """The answer is over: return what was held back, broken as it may be."""
         text = self._decode(self._window) if self._window else ""

@@ -17,6 +17,7 @@ from models.architecture import Architecture
 from models.contract import AdmissionRefused, SequenceStart, TokenEvent, check_start
 from models.detokenizer import Decode
 from models.errors import ModelError
+from models.likelihood import Likelihood, measure
 from models.masks import masks
 from models.sampling import choose
 from models.sequence import Sequence
@@ -168,7 +169,9 @@ class SlotEngine:
         if any(row.shaping is not None for row in answering):
             last = shape(last, [row.shaping for row in answering], places)
         tokens = choose(last, [row.start.sampling for row in answering], places)
-        return [self._absorb(row, token) for row, token in zip(answering, tokens, strict=True)]
+        wanted = [row.start.sampling.logprobs for row in answering]
+        found = measure(last, tokens, wanted) if max(wanted) >= 0 else [None] * len(wanted)
+        return [self._absorb(*each) for each in zip(answering, tokens, found, strict=True)]
 
     def _forward(self, rows: list[Sequence], counts: list[int]) -> torch.Tensor:
         """Logits [rows, vocabulary] behind each row's last token; shorter rows are padded and write nothing for it."""
@@ -195,8 +198,8 @@ class SlotEngine:
 
     # -- absorb -------------------------------------------------------------------------------------------------------
 
-    def _absorb(self, row: Sequence, token: int) -> TokenEvent:
-        event = row.take(token)
+    def _absorb(self, row: Sequence, token: int, likelihood: Likelihood | None) -> TokenEvent:
+        event = row.take(token, likelihood)
         if event.end is not None:
             self._leave(row)
         elif row.slot >= self._decoding:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from bus.logprobs import Alternative, TokenLogprobs
 from models.contract import NO_TOKEN, SequenceStart, TokenEvent
 from models.detokenizer import Decode, Detokenizer
+from models.likelihood import Likelihood
 from models.shaping import Shaping, needs_shaping
 from models.stops import StopFilter
 
@@ -64,12 +66,20 @@ class Sequence:
             for position, token in enumerate(self.start.generated):
                 self.ended = self._text(token, position + 1)[1] or self.ended
 
-    def take(self, token: int) -> TokenEvent:
+    def take(self, token: int, likelihood: Likelihood | None = None) -> TokenEvent:
         """Append the next token of the answer; `ended` is set when it is the last."""
         position = self.position
+        logprobs = self._logprobs(likelihood) if likelihood is not None else None
         self.tokens.append(token)
         text, self.ended = self._text(token, position + 1)
-        return TokenEvent(self.start.key, position, token, text, self.ended)
+        return TokenEvent(self.start.key, position, token, text, self.ended, logprobs)
+
+    def _logprobs(self, likelihood: Likelihood) -> TokenLogprobs:
+        """With the text that each alternative would have added."""
+        assert self._detokenizer is not None
+        peek = self._detokenizer.peek
+        likeliest = tuple(Alternative(token, logprob, peek(token)) for token, logprob in likelihood.likeliest)
+        return TokenLogprobs(likelihood.chosen, likeliest)
 
     def already_over(self) -> TokenEvent:
         """The event of a sequence whose `generated` had ended."""

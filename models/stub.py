@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from bus.logprobs import Alternative, TokenLogprobs
 from models.contract import (
     NO_TOKEN,
     AdmissionRefused,
@@ -125,8 +126,9 @@ class StubEngine:
                     continue
                 position = sequence.position
                 token = self._token(sequence)
+                logprobs = self._logprobs(sequence, token)
                 text, end = self._take(sequence, token)
-                event = TokenEvent(key, position, token, text, end)
+                event = TokenEvent(key, position, token, text, end, logprobs)
             events.append(event)
             if event.end is not None:
                 del self._sequences[key]
@@ -156,6 +158,16 @@ class StubEngine:
                 break
             token = (token + 1) % self._vocabulary
         return token
+
+    def _logprobs(self, sequence: _Stubbed, token: int) -> TokenLogprobs | None:
+        """The chosen token is the likeliest; the next ids follow."""
+        wanted = sequence.start.sampling.logprobs
+        if wanted < 0:
+            return None
+        first = -((token * 31 + sequence.position) % 997 + 1) / 1000
+        ids = [(token + place) % self._vocabulary for place in range(min(wanted, self._vocabulary))]
+        alternatives = [Alternative(one, first - place, f"tok{one} ") for place, one in enumerate(ids)]
+        return TokenLogprobs(first, tuple(alternatives))
 
     def _take(self, sequence: _Stubbed, token: int) -> tuple[str, str | None]:
         """Text and end of the token at the sequence's position."""

@@ -15,6 +15,7 @@ TOKENS_LIMIT = 1_000_000
 SMALL_CHARACTERS = 1024
 
 PRIORITY_LIMIT = 100
+CHOICES_LIMIT = 16
 
 Encoding = Literal["json", "msgpack"]
 Priority = Annotated[int, Meta(ge=-PRIORITY_LIMIT, le=PRIORITY_LIMIT)]
@@ -31,7 +32,8 @@ class Generation(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `temperature` -1 and `top_p` -1 and `top_k` -1 mean: as the model's generation_config says. `stop_tokens` end the
     answer beside the model's own; neither they nor `stop` do before `min_tokens`. `logit_bias`: (token id, what is
-    added to its logit), by rising id.
+    added to its logit), by rising id. `logprobs` -1: none; else with so many alternatives.
+    `n`: so many answers (choices), of which each is computed from the seed plus its number.
     """
 
     max_tokens: Positive
@@ -49,6 +51,8 @@ class Generation(msgspec.Struct, frozen=True, omit_defaults=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int = -1
+    n: int = 1
 
 
 def is_small(generation: Generation) -> bool:

@@ -385,11 +385,12 @@ class _Deaf(NoFaults):
 
 
 async def test_a_recovered_answer_equals_an_undisturbed_one() -> None:
-    async def tokens_of(disturb: bool) -> tuple[list[int], str]:
+    async def answer_of(disturb: bool) -> tuple[object, ...]:
         async with world() as here:
             here.runtime.step_seconds = 0.002
             whole = await Listener(here.client, single=True).open()
-            await here.control.request("r1", "m", Generation(60, prompt="hello", seed=7), whole.reply)
+            generation = Generation(60, prompt="hello", seed=7, logprobs=2, presence_penalty=1.0, min_tokens=9)
+            await here.control.request("r1", "m", generation, whole.reply)
             if disturb:
                 await here.control.wait(StartSequence)
                 await here.page(10)
@@ -402,9 +403,10 @@ async def test_a_recovered_answer_equals_an_undisturbed_one() -> None:
                 starts = here.control.find(StartSequence)
                 assert isinstance(starts[-1], StartSequence)
                 assert starts[-1].position >= 10
-            return list(chunk.tokens), chunk.text
+            assert len(chunk.logprobs) == 60 and len(chunk.logprobs[0].alternatives) == 2
+            return chunk.tokens, chunk.text, chunk.logprobs
 
-    assert await tokens_of(True) == await tokens_of(False)
+    assert await answer_of(True) == await answer_of(False)
 
 
 async def test_progress_is_reported_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bus.reassembly import EARLY_LIMIT, Reassembly, cut
+from bus.logprobs import TokenLogprobs
+from bus.reassembly import EARLY_LIMIT, Choices, Reassembly, cut
 from bus.replies import Chunk, TokenCounts, chunk_of
 
 USAGE = TokenCounts(3, 0)
@@ -21,7 +23,10 @@ def part(first: int, next_: int, total: int) -> Chunk:
     end = next_ == total
     tokens = list(range(100 + first, 100 + next_))
     texts = [piece(p) for p in range(first, next_)]
-    return chunk_of("r", first, tokens, texts, end="stop" if end else "", usage=USAGE if end else None)
+    logprobs = [TokenLogprobs(-float(p), ()) for p in range(first, next_)]
+    return chunk_of(
+        "r", first, tokens, texts, end="stop" if end else "", usage=USAGE if end else None, logprobs=logprobs
+    )
 
 
 def spans(total: int) -> st.SearchStrategy[tuple[int, int]]:
@@ -69,6 +74,7 @@ def test_a_cut_keeps_tokens_and_text_together(span: tuple[int, int], start: int)
     assert rest.position == max(start, chunk.position)
     assert rest.tokens == tuple(100 + p for p in range(max(start, span[0]), span[1]))
     assert rest.text == "".join(piece(p) for p in range(max(start, span[0]), span[1]))
+    assert [one.logprob for one in rest.logprobs] == [-p for p in range(max(start, span[0]), span[1])]
     assert len(rest.texts) == (len(rest.tokens) if len(rest.tokens) > 1 else 0)
 
 
@@ -100,3 +106,28 @@ def test_an_end_below_the_wanted_position_ends_the_answer() -> None:
     positions = Reassembly(50)
     (last,) = positions.feed(Chunk("r", 10, (), "", end="stop"))
     assert (last.position, last.tokens, last.end) == (50, (), "stop") and positions.ended
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), spans(6)), max_size=30), st.booleans())
+def test_each_of_several_answers_comes_once_and_in_order(shown: list[tuple[int, tuple[int, int]]], told: bool) -> None:
+    """`told`: the reader knows from the beginning how many there are."""
+    lengths = (4, 6, 0)
+
+    def of(choice: int, first: int, next_: int) -> Chunk:
+        total = lengths[choice]
+        chunk = part(min(first, total), min(next_, total), total)
+        return msgspec.structs.replace(chunk, choice=choice, n=3 if chunk.end else 1)
+
+    positions = Choices(0, 3 if told else 1)
+    got: list[Chunk] = []
+    for choice, (first, next_) in shown:
+        got += positions.feed(of(choice, first, next_))
+    for _ in range(20):
+        for choice in (2, 0, 1):
+            got += positions.feed(of(choice, positions.next, positions.next + 2))
+    assert positions.ended and not positions.hole
+    for choice, total in enumerate(lengths):
+        mine = [chunk for chunk in got if chunk.choice == choice]
+        assert [token for chunk in mine for token in chunk.tokens] == list(range(100, 100 + total))
+        assert [chunk.end for chunk in mine if chunk.end] == ["stop"] and mine[-1].end

@@ -120,6 +120,30 @@ def test_nothing_ends_an_answer_before_its_least_length(make):
     assert len(answer(make(), start(stop=stop, min_tokens=3))) == 3
 
 
+@pytest.mark.parametrize("wanted", [0, 3])
+def test_logprobs_come_with_each_token_and_from_any_position(make, wanted):
+    plain = answer(make(), start(temperature=0.9, seed=5))
+    whole = answer(make(), start(temperature=0.9, seed=5, logprobs=wanted))
+    assert [(e.token, e.text) for e in whole] == [(e.token, e.text) for e in plain]
+    assert all(event.logprobs is None for event in plain)
+    for event in whole:
+        assert event.logprobs.logprob < 0 and len(event.logprobs.alternatives) == wanted
+        for other in event.logprobs.alternatives:
+            assert other.token != event.token or (other.logprob, other.text) == (event.logprobs.logprob, event.text)
+        likeliest = [other.logprob for other in event.logprobs.alternatives]
+        assert likeliest == sorted(likeliest, reverse=True)
+    for cut in (1, 6, 11):
+        generated = [event.token for event in whole[:cut]]
+        rest = answer(make(), start(generated=generated, temperature=0.9, seed=5, logprobs=wanted))
+        for event, expected in zip(rest, whole[cut:], strict=True):
+            assert event.logprobs.logprob == pytest.approx(expected.logprobs.logprob, abs=3e-6)
+            assert [(o.token, o.text) for o in event.logprobs.alternatives] == [
+                (o.token, o.text) for o in expected.logprobs.alternatives
+            ]
+    ended = answer(make(), start(generated=[event.token for event in whole], logprobs=wanted))
+    assert [event.logprobs for event in ended] == [None]
+
+
 def test_a_bias_bars_a_token(make):
     said = [event.token for event in answer(make(), start())]
     barred = answer(make(), start(logit_bias=tuple(sorted((token, -100.0) for token in set(said)))))
@@ -198,6 +222,7 @@ def test_an_answer_does_not_depend_on_its_neighbours(make):
         (start(top_k=-1), "top_k"),
         (start(stop=("",)), "stop string"),
         (start(min_tokens=-1), "min_tokens"),
+        (start(logprobs=21), "logprobs"),
         (start(stop_tokens=(512,)), "512"),
         (start(repetition_penalty=0.0), "repetition_penalty"),
         (start(repetition_penalty=float("nan")), "repetition_penalty"),

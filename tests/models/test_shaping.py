@@ -12,6 +12,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 import models.engine
 from models.contract import Sampling, SequenceStart
+from models.likelihood import measure
 from models.shaping import Shaping, shape
 
 VOCABULARY = 40
@@ -128,13 +129,39 @@ def test_a_shaped_answer_goes_on_from_any_position_in_another_engine(loaded):
     assert changed >= 3, "otherwise this shows nothing"
 
 
+def test_logprobs_are_those_of_the_shaped_distribution_before_temperature(loaded):
+    prompt = loaded.prompts(seed=6, count=1)[0]
+    sampling = Sampling(8, temperature=1.7, top_k=5, seed=3, repetition_penalty=1.4, logprobs=5)
+    engine = loaded.engine()
+    engine.admit(SequenceStart("a", prompt, (), sampling))
+    said: list[int] = []
+    for event in run(engine)["a"]:
+        with torch.inference_mode():
+            logits = loaded.model(torch.tensor([[*prompt, *said]])).logits[0, -1]
+        expected = reference(logits, sampling, prompt, said, ()).double().log_softmax(0)
+        best = expected.topk(5)
+        assert event.logprobs.logprob == pytest.approx(float(expected[event.token]), abs=3e-6)
+        assert [one.token for one in event.logprobs.alternatives] == best.indices.tolist()
+        assert [one.logprob for one in event.logprobs.alternatives] == pytest.approx(best.values.tolist(), abs=3e-6)
+        assert [one.text for one in event.logprobs.alternatives] == [f" {token}" for token in best.indices.tolist()]
+        said.append(event.token)
+
+
+def test_what_is_not_finite_has_the_least_logprob():
+    scores = torch.tensor([[0.0, float("-inf"), float("-inf")], [float("nan")] * 3, [0.0, 1.0, 2.0]])
+    barred, broken, unasked = measure(scores, [1, 0, 2], [3, 3, -1])
+    assert barred == (-9999.0, [(0, 0.0)]) and broken == (-9999.0, []) and unasked is None
+    assert measure(scores[2:], [2], [20])[0].likeliest[0] == (2, pytest.approx(-0.407606))
+
+
 def test_who_asks_for_nothing_pays_nothing(loaded, monkeypatch):
     calls = []
     monkeypatch.setattr(models.engine, "shape", lambda *args: calls.append(args) or shape(*args))
+    monkeypatch.setattr(models.engine, "measure", lambda *args: calls.append(args) or measure(*args))
     engine = loaded.engine()
     engine.admit(SequenceStart("a", (9, 10), (), Sampling(5, stop=("x",), stop_tokens=(9,))))
     run(engine)
     assert not calls
-    engine.admit(SequenceStart("b", (9, 10), (), Sampling(5, min_tokens=2)))
+    engine.admit(SequenceStart("b", (9, 10), (), Sampling(1, min_tokens=1, logprobs=0)))
     run(engine)
-    assert calls
+    assert len(calls) == 2
