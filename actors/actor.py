@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
+from actors.rules import FIRST_RULES
 from bus.messages import Message, To
 
 _HANDLERS: dict[type[Message], str] = {}
@@ -24,7 +25,7 @@ class Actor:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.rules = 1
+        self.rules = FIRST_RULES
         self.state: Any = self.State()
 
     def handle(self, message: Message, now: int) -> list[To]:

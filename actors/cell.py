@@ -24,6 +24,7 @@ from actors.actor import Actor
 from actors.gpu import Gpu
 from actors.placement import Placement
 from actors.requests import Requests
+from actors.rules import FIRST_RULES, KNOWN_RULES, UnknownRules
 from actors.store import Store
 from bus.contract import Record
 from bus.messages import (
@@ -51,9 +52,6 @@ from bus.messages import (
 from bus.ordering import FactOrder, OrderState, TakenFact
 from bus.subjects import FactSubject, Subjects, valid_name
 
-KNOWN_RULES = frozenset({1})
-"""Rule versions that this code can follow."""
-
 STEP_LIMIT = 100_000
 """Messages in one step: far above any real step, so that a loop between actors ends as a skipped step."""
 
@@ -72,10 +70,6 @@ SKIPPED_REMEMBERED = 10_000
 
 DRIVER = "driver/"
 """Receivers with this prefix are drivers: `driver/gpu/s1/0`."""
-
-
-class UnknownRules(Exception):
-    """The ledger follows a rule version that this code does not know: it must not decide, nor publish."""
 
 
 class Said(NamedTuple):
@@ -151,15 +145,16 @@ _pack = msgspec.msgpack.Encoder()
 
 
 class Cell:
-    """All actors of one cell, and the one step that moves them."""
+    """All actors of one cell, and the one step that moves them. `known_rules`: the versions that it may follow."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, known_rules: tuple[int, ...] = KNOWN_RULES) -> None:
         self.subjects = Subjects(name)
         self.order = FactOrder()
         self.now = 0
         self.position = 0
         self.facts = 0
-        self.rules = 1
+        self.known_rules = known_rules
+        self.rules = FIRST_RULES
         self.actors: dict[str, Actor] = {}
         self.links: dict[str, DriverLink] = {}
         self.timers: dict[str, OpenTimer] = {}
@@ -176,7 +171,7 @@ class Cell:
     def take(self, record: Record) -> list[Step]:
         """Take one ledger record; facts lead to steps, everything else to nothing.
 
-        Raises `UnknownRules`; nothing else, whatever the record holds.
+        Raises `actors.rules.UnknownRules`; nothing else, whatever the record holds.
         """
         self.position = max(self.position, record.sequence)
         subject = self.subjects.parse(record.subject)
@@ -199,11 +194,8 @@ class Cell:
             if timer is None:
                 return None
             now = max(now, timer.due)
-        if isinstance(message, RulesActivated) and fact.actor == "cell" and message.version not in KNOWN_RULES:
-            raise UnknownRules(
-                f"rule version {message.version} is in force since ledger sequence {fact.sequence}; "
-                f"this program knows {sorted(KNOWN_RULES)}: run a newer one"
-            )
+        if isinstance(message, RulesActivated) and fact.actor == "cell" and message.version not in self.known_rules:
+            raise UnknownRules(message.version, fact.sequence, self.known_rules)
         self.now = now
         try:
             said = self._run(fact, now)
@@ -425,7 +417,7 @@ class Cell:
         return hashlib.sha256(body).digest() + body
 
     @classmethod
-    def restored(cls, name: str, data: bytes) -> Cell:
+    def restored(cls, name: str, data: bytes, known_rules: tuple[int, ...] = KNOWN_RULES) -> Cell:
         """A cell that goes on from a snapshot. Raises ValueError where the bytes are not one, or not whole.
 
         A state that this code cannot read is no snapshot either. Raises `UnknownRules` for a rule version not known.
@@ -433,14 +425,11 @@ class Cell:
         digest, body = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
         if hashlib.sha256(body).digest() != digest:
             raise ValueError("not a snapshot of a cell: its hash does not fit its content")
-        cell = cls(name)
+        cell = cls(name, known_rules)
         try:
             snapshot = msgspec.msgpack.decode(body, type=Snapshot)
-            if snapshot.memory.rules not in KNOWN_RULES:
-                raise UnknownRules(
-                    f"the snapshot at ledger sequence {snapshot.position} follows rule version "
-                    f"{snapshot.memory.rules}; this program knows {sorted(KNOWN_RULES)}: run a newer one"
-                )
+            if snapshot.memory.rules not in known_rules:
+                raise UnknownRules(snapshot.memory.rules, snapshot.position, known_rules)
             cell.position, cell.now, cell.facts = snapshot.position, snapshot.now, snapshot.facts
             cell.order = FactOrder(snapshot.order)
             cell._recall(snapshot.memory)

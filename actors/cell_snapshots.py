@@ -17,8 +17,9 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
-from actors.cell import KNOWN_RULES, Cell, UnknownRules
+from actors.cell import Cell
 from actors.replica import Replica
+from actors.rules import KNOWN_RULES, UnknownRules
 from bus.contract import Bus, BusError, NoAnswer, Record
 from bus.errors import UserError
 from bus.snapshots import Manifest, SnapshotStore, Torn, anchor_of
@@ -70,19 +71,21 @@ class Start(NamedTuple):
     snapshot: Manifest | None
 
 
-def decode_stored(cell: str, body: bytes, manifest: Manifest | None) -> Start:
+def decode_stored(
+    cell: str, body: bytes, manifest: Manifest | None, known_rules: tuple[int, ...] = KNOWN_RULES
+) -> Start:
     """Raises ValueError where the bytes are no stored cell, and `UnknownRules`."""
     try:
         stored = _stored.decode(body)
     except (msgspec.DecodeError, RecursionError) as error:
         raise ValueError(f"not a stored cell: {error}") from None
-    restored = Cell.restored(cell, stored.cell)
+    restored = Cell.restored(cell, stored.cell, known_rules)
     if manifest is not None and restored.position != manifest.position:
         raise ValueError(f"its state is that of {restored.position}, its manifest says {manifest.position}")
     return Start(restored, frozenset(stored.accepted), stored.lately, stored.seals, manifest)
 
 
-async def find_start(bus: Bus, subjects: Subjects) -> Start:
+async def find_start(bus: Bus, subjects: Subjects, known_rules: tuple[int, ...] = KNOWN_RULES) -> Start:
     """The newest state that this ledger can be gone on from.
 
     Raises `NoBeginning`, `UnknownRules` where only a snapshot of unknown rules leads up to the ledger, and `BusError`.
@@ -92,18 +95,15 @@ async def find_start(bus: Bus, subjects: Subjects) -> Start:
     for manifest in await SnapshotStore(bus.snapshots, subjects).manifests():
         if manifest.position + 1 < usage.first_sequence or manifest.position > usage.last_sequence:
             continue
-        if manifest.rules not in KNOWN_RULES:
-            unknown = unknown or UnknownRules(
-                f"the snapshot at ledger sequence {manifest.position} follows rule version {manifest.rules}; "
-                f"this program knows {sorted(KNOWN_RULES)}: run a newer one"
-            )
+        if manifest.rules not in known_rules:
+            unknown = unknown or UnknownRules(manifest.rules, manifest.position, known_rules)
             log.warning("snapshot not used", snapshot=manifest.name, reason=str(unknown))
             continue
         try:
             if not await _agrees(bus, manifest):
                 log.warning("snapshot not used", snapshot=manifest.name, reason="it belongs to another ledger")
                 continue
-            return decode_stored(subjects.cell, await _read(bus, subjects, manifest), manifest)
+            return decode_stored(subjects.cell, await _read(bus, subjects, manifest), manifest, known_rules)
         except UnknownRules as error:
             unknown = unknown or error
             log.warning("snapshot not used", snapshot=manifest.name, reason=str(error))
@@ -116,7 +116,7 @@ async def find_start(bus: Bus, subjects: Subjects) -> Start:
             f"the ledger of cell {subjects.cell!r} begins at sequence {usage.first_sequence}, and no snapshot in "
             f"{subjects.snapshots_stream} leads up to it: restore that stream from a backup with `longshore restore`"
         )
-    return Start(Cell(subjects.cell), frozenset(), [], [], None)
+    return Start(Cell(subjects.cell, known_rules), frozenset(), [], [], None)
 
 
 async def _agrees(bus: Bus, manifest: Manifest) -> bool:

@@ -44,6 +44,9 @@ def control(
         int, typer.Option(min=1, metavar="FACTS", help="Facts between two snapshots, at the least.")
     ] = 5000,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log JSON lines instead of text.")] = False,
+    known_rules: Annotated[
+        str, typer.Option("--known-rules", hidden=True, help="Follow these rule versions only, to try an upgrade: 1,2")
+    ] = "",
 ) -> None:
     """Run one control: a replica of the cell that decides, answers clients and watches drivers.
 
@@ -65,8 +68,18 @@ def control(
         retention,
         queue_limit,
         snapshot_facts=snapshot_facts,
+        known_rules=_known_rules(known_rules),
     )
     _run(run_control(options))
+
+
+def _known_rules(text: str) -> tuple[int, ...]:
+    from actors.rules import KNOWN_RULES
+
+    wanted = tuple(int(one) for one in text.split(",") if one.strip().isdigit()) if text else KNOWN_RULES
+    if not wanted or any(one not in KNOWN_RULES for one in wanted):
+        raise UserError(f"--known-rules {text!r}: this program knows {', '.join(map(str, KNOWN_RULES))}")
+    return wanted
 
 
 def up(
@@ -165,14 +178,19 @@ async def status(nats: NatsOption = DEFAULT_NATS, cell: CellOption = DEFAULT_CEL
 
     Example: longshore status --json
     """
+    from actors.rules_cli import described, sentence_of
     from actors.up import cell_status
+    from bus.service import instances
 
     async with connected(nats, cell) as bus:
-        found = await cell_status(bus, cell)
+        found, controls = await asyncio.gather(cell_status(bus, cell), instances(bus, cell))
+    if found is None and controls:
+        raise Failure(f"no control of cell {cell!r} takes part: {'; '.join(map(sentence_of, controls))}")
     if found is None:
         raise Failure(
             f"no control of cell {cell!r} answers at {nats}: start one with `longshore up` or `longshore control`"
         )
+    found["controls"] = [described(one) for one in controls]
     if json:
         print(json_module.dumps(found))
         return
@@ -187,7 +205,11 @@ def _print_status(found: dict[str, Any]) -> None:
 
     console = Console()
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(found["requests"].items())) or "none"
-    console.print(f"cell {found['cell']} at ledger sequence {found['position']}; requests: {counts}")
+    where = f"at ledger sequence {found['position']}, rule version {found['rules']}"
+    console.print(f"cell {found['cell']} {where}; requests: {counts}")
+    for control in found["controls"]:
+        why = f": {control['reason']}" if control["reason"] else ""
+        console.print(f"control {control['id']} (process {control['process']}) is {control['state'] or 'there'}{why}")
     servers = Table("server", "up", "DRAM budget", "models")
     for name, server in found["servers"].items():
         held = ", ".join(f"{model} ({tier})" for model, tier in server["models"].items())

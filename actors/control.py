@@ -10,6 +10,9 @@
 
 It needs only the `Bus` contract, so it runs unchanged on NATS and in a simulated world. A difference, a changed ledger
 or an unknown rule version end it with an exception that says what and where; whoever runs it decides what follows.
+
+It takes requests only while it is live, and before it ends it gives them back: a request that the server hands to a
+control that cannot take it would wait for its client to ask again, although another control is there.
 """
 
 from __future__ import annotations
@@ -20,13 +23,14 @@ from typing import cast
 
 import structlog
 
-from actors.cell import Cell, Said, Step, UnknownRules
+from actors.cell import Cell, Said, Step
 from actors.cell_snapshots import SNAPSHOT_FACTS, SnapshotTaker, find_start
 from actors.gpu import GpuState
 from actors.intake import Intake
 from actors.readback import accepted_differences
 from actors.replica import Replica, is_urgent
 from actors.results import ResultsReader
+from actors.rules import KNOWN_RULES, UnknownRules
 from actors.sealer import seal
 from actors.timers import Timers
 from actors.unshown import Unshown
@@ -45,6 +49,8 @@ STANDBY_SECONDS = 0.5
 """How much later a replica that does not lead does what the leading one should have done by then."""
 
 MEASURE_SECONDS = 1.0
+LEAVE_SECONDS = 2.0
+"""How long what was taken from clients may need to be answered, when a control ends."""
 
 SHOWN_BY_WORKER = b'"shown":true'
 """How a `request.ended` reads whose end the worker's own page carries (text in a message has its quotes escaped)."""
@@ -63,16 +69,20 @@ class Control:
         *,
         silence: float = SILENCE_SECONDS,
         snapshot_facts: int = SNAPSHOT_FACTS,
+        known_rules: tuple[int, ...] = KNOWN_RULES,
     ) -> None:
         self.bus = bus
         self.me = me
         self.subjects = Subjects(cell)
         self.tasks = Tasks()
+        self.answering = Tasks()
         self.replica: Replica | None = None
         self.started = asyncio.Event()
         self.watch = Watch(bus, self.subjects, me, silence=silence)
         self.intake = Intake(bus, self.subjects, me, self._cell, lambda: self.live)
-        self._empty = Cell(cell)
+        self._known_rules = known_rules
+        self._empty = Cell(cell, known_rules)
+        self._serving: list[asyncio.Task[None]] = []
         self._records: list[tuple[int, Said]] = []
         self._records_due: asyncio.TimerHandle | None = None
         self._timers = Timers()
@@ -94,13 +104,29 @@ class Control:
         try:
             await self._open()
             await self.tasks.wait()
+        except UnknownRules:
+            await self._stop()
+            await self.leave()
+            raise
         finally:
-            if self._records_due is not None:
-                self._records_due.cancel()
-            await self.tasks.stop()
+            await self._stop()
+            await self.answering.stop()
+
+    async def _stop(self) -> None:
+        if self._records_due is not None:
+            self._records_due.cancel()
+        await self.tasks.stop()
+
+    async def leave(self) -> None:
+        """Take nothing more from clients, and answer what was taken; in a bounded time."""
+        with contextlib.suppress(TimeoutError, BusError):
+            async with asyncio.timeout(LEAVE_SECONDS):
+                await self.intake.leave()
+                await asyncio.gather(*self._serving)
+                await self.answering.settle()
 
     async def _open(self) -> None:
-        start = await find_start(self.bus, self.subjects)
+        start = await find_start(self.bus, self.subjects, self._known_rules)
         end = (await self.bus.ledger.usage()).last_sequence
         accepted = start.accepted | await self._accepted_differences(start.cell.position + 1)
         reader = await self.bus.ledger.read(start=start.cell.position + 1)
@@ -117,8 +143,13 @@ class Control:
         self.tasks.start(self._tick(self.replica), "control ticks")
         self.tasks.start(self._measure(), "control measures")
         self.tasks.start(self.watch.listen(), "watch listens")
+        self.tasks.start(self._serve(), "control serves")
+        self.tasks.start(self.answering.wait(), "control answers")
+
+    async def _serve(self) -> None:
+        await self.started.wait()
         for verb in self.intake.verbs:
-            self.tasks.start(self.intake.serve(verb, self.tasks), f"intake {verb}")
+            self._serving.append(self.answering.start(self.intake.serve(verb, self.answering), f"intake {verb}"))
 
     async def _accepted_differences(self, start: int) -> frozenset[tuple[int, int]]:
         """Differences that an operator lets stand are known before the replica comes to them."""
@@ -163,9 +194,6 @@ class Control:
                 self.snapshots.read(records, replica.cell.position)
                 if behind:
                     await asyncio.sleep(0)
-        except UnknownRules as error:
-            log.error("silent", reason=str(error))
-            raise
         finally:
             await reader.close()
 

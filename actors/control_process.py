@@ -1,25 +1,33 @@
-"""The process `longshore control`: a control shell on a real NATS server, restarted where its contract says so."""
+"""The process `longshore control`: a control shell on a real NATS server, restarted where its contract says so.
+
+Where the cell follows rules that this program does not know, it stays up and silent: it publishes nothing, takes no
+requests, and says why in its log and to whoever asks who is there (`longshore rules`, `longshore status`).
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import secrets
 import signal
 from dataclasses import dataclass
 
 import structlog
 
-from actors.cell import UnknownRules
 from actors.cell_snapshots import SNAPSHOT_FACTS
-from actors.control import Control
+from actors.control import LEAVE_SECONDS, Control
 from actors.readback import Difference
+from actors.rules import FIRST_RULES, KNOWN_RULES, UnknownRules
 from actors.submissions import take_submissions
 from bus.contract import BusError, LogChanged
 from bus.credentials import ConnectionOptions
 from bus.errors import UserError
 from bus.jetstream import JetStreamBus
-from bus.messages import Message, PlacementConfigured, RequestsConfigured
+from bus.messages import Message, PlacementConfigured, RequestsConfigured, RulesActivated
 from bus.service import VERBS, Service
+from bus.snapshots import SnapshotStore
+from bus.tasks import Tasks
 
 LONGEST_RUN_SECONDS = 6 * 3600
 """Pages are kept for so long beyond the retention of results: those of an answer that is still being written, too."""
@@ -38,9 +46,12 @@ class ControlOptions:
     retention_seconds: int = 3600
     queue_limit: int = 1000
     snapshot_facts: int = SNAPSHOT_FACTS
+    known_rules: tuple[int, ...] = KNOWN_RULES
 
 
 RESTART_SECONDS = 1.0
+SILENT_LOOK_SECONDS = 2.0
+"""How often a silent control looks whether it can take part again."""
 
 
 class Stopped(UserError):
@@ -50,7 +61,7 @@ class Stopped(UserError):
 
 
 async def run_control(options: ControlOptions) -> None:
-    """Until SIGTERM or SIGINT (returns), or until a difference or an unknown rule version stops it (`Stopped`)."""
+    """Until SIGTERM or SIGINT (returns), or until a difference stops it (`Stopped`)."""
     loop = asyncio.get_running_loop()
     ending = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -58,9 +69,10 @@ async def run_control(options: ControlOptions) -> None:
     stop = asyncio.ensure_future(ending.wait())
     restarted = False
     while not ending.is_set():
-        run = asyncio.ensure_future(_run_once(options))
+        run = asyncio.ensure_future(_run_once(options, ending))
         await asyncio.wait([run, stop], return_when=asyncio.FIRST_COMPLETED)
         if not run.done():
+            await asyncio.wait([run], timeout=2 * LEAVE_SECONDS)
             run.cancel()
         try:
             await run
@@ -80,11 +92,9 @@ async def run_control(options: ControlOptions) -> None:
                 f"what stands in the ledger differs from what this control computes: {error}; look at it with "
                 "`longshore replay --verify`, and accept it with a difference.accepted fact if it is to stand"
             ) from None
-        except UnknownRules as error:
-            raise Stopped(str(error)) from None
 
 
-async def _run_once(options: ControlOptions) -> None:
+async def _run_once(options: ControlOptions, ending: asyncio.Event) -> None:
     me = secrets.token_hex(8)
     bus = await JetStreamBus.connect(
         options.nats,
@@ -94,22 +104,106 @@ async def _run_once(options: ControlOptions) -> None:
         ledger_limit_bytes=options.ledger_limit_bytes,
         result_retention_seconds=options.retention_seconds + LONGEST_RUN_SECONDS,
     )
+    service_tasks = Tasks()
     try:
-        control = Control(bus, options.cell, me, silence=options.silence_seconds, snapshot_facts=options.snapshot_facts)
-        service = Service(bus, control.subjects, me, control.intake.verbs, lambda: control.intake.counts)
+        control = Control(
+            bus,
+            options.cell,
+            me,
+            silence=options.silence_seconds,
+            snapshot_facts=options.snapshot_facts,
+            known_rules=options.known_rules,
+        )
+        standing = Standing(options.known_rules)
+        service = Service(
+            bus,
+            control.subjects,
+            me,
+            control.intake.verbs,
+            lambda: control.intake.counts,
+            lambda: standing.metadata(control),
+        )
         for verb in VERBS:
             for subject in service.subjects_of(verb):
-                control.tasks.start(service.answer(verb, subject), f"service {subject}")
+                service_tasks.start(service.answer(verb, subject), f"service {subject}")
+        control.tasks.start(service_tasks.wait(), "service")
         control.tasks.start(_after_start(bus, control, options), "after start")
-        await control.run()
+        try:
+            await _until(ending, control)
+        except UnknownRules as error:
+            standing.silent = str(error)
+            log.error("silent", reason=str(error), me=me)
+            await _stay_silent(bus, control, error, ending)
     finally:
+        await service_tasks.stop()
         await bus.close()
+
+
+async def _stay_silent(bus: JetStreamBus, control: Control, error: UnknownRules, ending: asyncio.Event) -> None:
+    """Until the end, or until a snapshot under rules that are known leads past those that are not."""
+    store = SnapshotStore(bus.snapshots, control.subjects)
+    while not ending.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(ending.wait(), SILENT_LOOK_SECONDS)
+        with contextlib.suppress(BusError):
+            found = await store.manifests()
+            if any(one.position > error.sequence and one.rules in error.known for one in found):
+                return
+
+
+class Standing:
+    """Where this control stands, for whoever asks who is there."""
+
+    def __init__(self, known_rules: tuple[int, ...]) -> None:
+        self.known_rules = known_rules
+        self.silent = ""
+
+    def metadata(self, control: Control) -> dict[str, str]:
+        """As a NATS micro service tells of itself: texts by name."""
+        state = "silent" if self.silent else "live" if control.live else "reading"
+        return {
+            "process": str(os.getpid()),
+            "state": state,
+            "reason": self.silent,
+            "known_rules": ",".join(map(str, self.known_rules)),
+        }
+
+
+async def _until(ending: asyncio.Event, control: Control) -> None:
+    """Run; at the end of its time, first give back what clients would send."""
+    run = asyncio.ensure_future(control.run())
+    end = asyncio.ensure_future(ending.wait())
+    try:
+        await asyncio.wait([run, end], return_when=asyncio.FIRST_COMPLETED)
+        if not run.done():
+            await control.leave()
+            run.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await run
+            return
+        await run
+    finally:
+        run.cancel()
+        end.cancel()
 
 
 async def _after_start(bus: JetStreamBus, control: Control, options: ControlOptions) -> None:
     await control.started.wait()
+    await _begin_rules(control, options.known_rules)
     await _configure(control, options)
     await take_submissions(bus, control.subjects, control.intake)
+
+
+async def _begin_rules(control: Control, known: tuple[int, ...]) -> None:
+    """A cell that never had a request begins with the best rules; any other keeps its own until somebody switches."""
+    assert control.replica is not None
+    cell = control.replica.cell
+    if "requests" in cell.actors or cell.rules != FIRST_RULES or known[-1] == FIRST_RULES:
+        return
+    try:
+        await control.intake.state("cell", RulesActivated(known[-1]), f"fact.rules.first.{known[-1]}")
+    except BusError as error:
+        log.warning("rules not stated", reason=str(error))
 
 
 async def _configure(control: Control, options: ControlOptions) -> None:

@@ -30,7 +30,7 @@ from bus.api import (
     parse_resume,
     reply_headers,
 )
-from bus.contract import Appended, Bus, BusError, Delivery, LogFull, NoAnswer, Usage
+from bus.contract import Appended, Bus, BusError, Delivery, LogFull, NoAnswer, Subscription, Usage
 from bus.messages import (
     CancelRequested,
     FactEnvelope,
@@ -76,6 +76,8 @@ class Intake:
         self._percent = 0
         self._tokens_percent = 0
         self.counts: dict[str, int] = {"requests": 0, "errors": 0}
+        self._subscriptions: list[Subscription] = []
+        self._leaving = False
         self._verbs: dict[str, Callable[[Delivery], Awaitable[Answer]]] = {
             "infer": self._infer,
             "cancel": self._cancel,
@@ -89,11 +91,17 @@ class Intake:
         return list(self._verbs)
 
     async def serve(self, verb: str, tasks: Tasks) -> None:
-        """Take messages of one verb for ever; each is handled in a task of its own."""
+        """Take messages of one verb until `leave`; each is handled in a task of its own."""
         subscription = await self._bus.subscribe(self._subjects.every(verb), queue=QUEUE_GROUP)
+        self._subscriptions.append(subscription)
         try:
             while True:
-                delivery = await subscription.next()
+                try:
+                    delivery = await subscription.next()
+                except BusError:
+                    if self._leaving:
+                        return
+                    raise
                 if delivery.reply and not may_reply(delivery.reply):
                     self.counts["errors"] += 1
                     log.warning("reply subject refused", subject=delivery.subject[:200], reply=delivery.reply[:200])
@@ -105,6 +113,11 @@ class Intake:
                 tasks.spawn(self._handle(self._verbs[verb], delivery), f"intake {verb}")
         finally:
             await subscription.close()
+
+    async def leave(self) -> None:
+        """Have the server give its messages to others; what was handed to this process is handled still."""
+        self._leaving = True
+        await asyncio.gather(*(subscription.drain() for subscription in self._subscriptions))
 
     async def measure(self) -> None:
         """Look how full the streams are. Call it about once a second."""

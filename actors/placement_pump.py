@@ -106,7 +106,7 @@ class PlacementPump(PlacementBooks):
                 return said
             if running and model.failures >= FAILURES_LIMIT:
                 return said
-            options, enough = best_options(self.state, model, unmet=unmet, running=running)
+            options, enough = best_options(self.state, model, unmet=unmet, running=running, rules=self.rules)
             if not options:
                 model.enough = starting + enough
                 return said if running else [*said, *self._make_room(name, model)]

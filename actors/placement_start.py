@@ -1,8 +1,7 @@
 """Weighing where a model could start: candidates, their estimates, and whom to drain when there is no room.
 
-Estimates are integers in nanoseconds; equal estimates are decided by fewer evictions, then by the longest idle victim,
-then by the order in which workers came, so that every replica chooses the same. Workers on which the last starts of
-the model failed come after those on which they did not.
+Estimates are integers in nanoseconds; equal estimates are decided by `order`, and in the end by the order in which
+workers came, so that every replica chooses the same.
 
 Room is needed twice: on the device, and in the server's DRAM, where every instance keeps its model leased.
 """
@@ -19,12 +18,13 @@ DETACH_NS = 20_000_000
 
 
 class Option(NamedTuple):
-    """A candidate with what its start would reserve."""
+    """A candidate with what its start would reserve. `neighbours`: instances that stay on the device beside it."""
 
     candidate: Candidate
     slots: int
     kv_bytes: int
     idle_since: int
+    neighbours: int
 
     @property
     def total_ns(self) -> int:
@@ -32,7 +32,30 @@ class Option(NamedTuple):
         return c.queue_ns + c.load_ns + c.free_ns + c.attach_ns
 
 
-def best_options(state: PlacementState, model: KnownModel, *, unmet: int, running: bool) -> tuple[list[Option], int]:
+def order_1(model: KnownModel, option: Option) -> tuple[int, ...]:
+    """Rule version 1. Workers on which the last starts of the model failed come after those on which they did not;
+    then the soonest, the fewest evictions, the longest idle victim."""
+    candidate = option.candidate
+    failed = model.failed_on.get(candidate.worker, 0)
+    return failed, option.total_ns, len(candidate.evict), option.idle_since
+
+
+def order_2(model: KnownModel, option: Option) -> tuple[int, ...]:
+    """Rule version 2. As 1, but of places that are equally soon and evict equally many the device with the least to do,
+    then with the fewest instances. Under 1 every model starts on the first worker as long as its memory lasts, and
+    they share one device while others idle."""
+    candidate = option.candidate
+    failed = model.failed_on.get(candidate.worker, 0)
+    return failed, option.total_ns, len(candidate.evict), candidate.busy, option.neighbours, option.idle_since
+
+
+ORDERS = {1: order_1, 2: order_2}
+"""By rule version. When one may go stands at the head of `actors.rules`."""
+
+
+def best_options(
+    state: PlacementState, model: KnownModel, *, unmet: int, running: bool, rules: int
+) -> tuple[list[Option], int]:
     """All workers where the model could start now, the soonest first; and, where there is none, how many waiting
     requests are too few to look again before anything else changes.
 
@@ -47,22 +70,15 @@ def best_options(state: PlacementState, model: KnownModel, *, unmet: int, runnin
     for name, worker in state.workers.items():
         if name in reserved:
             continue
-        option = _weigh(state, model, name, worker, reserved)
+        option = _weigh(state, model, name, worker, reserved, rules)
         if option is None:
             continue
         if running and option.candidate.evict and unmet < option.slots:
             enough = min(enough, option.slots - 1)
             continue
         options.append(option)
-    failed = model.failed_on
-    options.sort(
-        key=lambda option: (
-            failed.get(option.candidate.worker, 0),
-            option.total_ns,
-            len(option.candidate.evict),
-            option.idle_since,
-        )
-    )
+    order = ORDERS[rules]
+    options.sort(key=lambda option: order(model, option))
     return options, enough
 
 
@@ -79,7 +95,7 @@ def _reserved(state: PlacementState, model: KnownModel) -> dict[str, ModelCard]:
 
 
 def _weigh(
-    state: PlacementState, model: KnownModel, name: str, worker: Worker, reserved: dict[str, ModelCard]
+    state: PlacementState, model: KnownModel, name: str, worker: Worker, reserved: dict[str, ModelCard], rules: int
 ) -> Option | None:
     card = model.card
     server = state.servers.get(worker.server)
@@ -102,9 +118,22 @@ def _weigh(
         ahead = sum(size for other, size in server.loading.items() if other != card.model)
         queue_ns = min(LARGEST, ahead * SECOND // server.ssd_rate)
         load_ns = min(LARGEST, server.loading.get(card.model, card.weight_bytes) * SECOND // server.ssd_rate)
-    candidate = Candidate(name, tier, queue_ns, load_ns, len(victims) * DETACH_NS, model.attach_ns, tuple(victims))
+    busy = _busy(state, worker) if rules >= 2 else 0
+    free_ns = len(victims) * DETACH_NS
+    candidate = Candidate(name, tier, queue_ns, load_ns, free_ns, model.attach_ns, tuple(victims), busy)
     idle_since = min((worker.instances[victim].used_at for victim in victims), default=0)
-    return Option(candidate, slots, kv_bytes, idle_since)
+    return Option(candidate, slots, kv_bytes, idle_since, len(worker.instances) - len(victims))
+
+
+def _busy(state: PlacementState, worker: Worker) -> int:
+    """Sequences that a device computes, or will as soon as what starts there runs."""
+    busy = 0
+    for name, instance in worker.instances.items():
+        if instance.status == "starting":
+            busy += min(instance.slots, len(state.queues.get(name, {})))
+        else:
+            busy += len(instance.active)
+    return busy
 
 
 def _victims(worker: Worker, need: int, kept: dict[str, bool], *, idle_only: bool) -> list[str] | None:

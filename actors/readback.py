@@ -71,7 +71,7 @@ class Readback:
     def take(self, record: Record, at: float) -> tuple[list[Step], Expected | None]:
         """The steps that this record led to, and the expected output that it was, if it was one.
 
-        Raises `Difference`, and `actors.cell.UnknownRules`.
+        Raises `Difference`, and `actors.rules.UnknownRules`.
         """
         self.position = record.sequence
         expected = self.expected.get(record.payload)

@@ -54,7 +54,7 @@ class Replica:
         return self.readback.position >= self._end_at_start
 
     def take(self, record: Record, at: float) -> list[Step]:
-        """Raises `actors.readback.Difference` and `actors.cell.UnknownRules`: then this replica must stop."""
+        """Raises `actors.readback.Difference` and `actors.rules.UnknownRules`: then this replica must stop."""
         steps, confirmed = self.readback.take(record, at)
         if confirmed is not None:
             mine = self._published.pop((confirmed.fact, confirmed.said.place), False)

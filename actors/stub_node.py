@@ -1,6 +1,6 @@
 """A server without models, as a process of its own: real drivers over NATS, stub engines. For benches and tests.
 
-python -m actors.stub_node --nats URL --cell NAME [--server stub] [--workers 1] [--step-seconds 0] [--slots 64]
+python -m actors.stub_node --nats URL --cell NAME [--workers 1] [--models 1] [--step-seconds 0] [--slots 64]
 """
 
 from __future__ import annotations
@@ -48,15 +48,17 @@ async def run_stub_node(
     workers: int = 1,
     step_seconds: float = 0.0,
     slots: int = 64,
+    models: int = 1,
 ) -> None:
-    """Until SIGTERM."""
+    """Until SIGTERM. The models are `stub`, `stub-1`, `stub-2` and so on."""
     ending = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ending.set)
     bus = await JetStreamBus.connect(nats, cell, name=f"longshore-stub-{server}")
     subjects = Subjects(cell)
     tasks = Tasks()
-    store = StoreDriver(server, dram_bytes=1000 * MIB, storage=StubStorage((stub_card(),)), process=os.getpid())
+    cards = tuple(stub_card(f"{MODEL}-{number}" if number else MODEL) for number in range(models))
+    store = StoreDriver(server, dram_bytes=1000 * MIB, storage=StubStorage(cards), process=os.getpid())
     drivers = [DriverShell(bus, subjects, store, boot=lambda: secrets.token_hex(8))]
     for index in range(workers):
         worker = WorkerDriver(
@@ -85,6 +87,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--step-seconds", type=float, default=0.0)
+    parser.add_argument("--models", type=int, default=1)
     options = parser.parse_args()
     import uvloop
 
@@ -96,6 +99,7 @@ def main() -> None:
             workers=options.workers,
             step_seconds=options.step_seconds,
             slots=options.slots,
+            models=options.models,
         )
     )
 

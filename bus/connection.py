@@ -221,7 +221,11 @@ class Connection(Client):
         return sid
 
     def unhook(self, sid: int) -> None:
+        self.unsubscribe_soon(sid)
         self._hooks.pop(sid, None)
+
+    def unsubscribe_soon(self, sid: int) -> None:
+        """Tell the server to send nothing more; what it sends until it knows still reaches the hook."""
         if self._subs.pop(sid, None) is not None and self.is_connected:
             self.write(f"UNSUB {sid}\r\n".encode())
 

@@ -167,15 +167,28 @@ class Log(Protocol):
         ...
 
 
-class Subscription(Protocol):
+class Deliveries(Protocol):
+    """Core messages that come in, one after the other."""
+
     async def next(self) -> Delivery:
-        """Wait for the next core message. The queue is bounded: what overflows is dropped and counted."""
+        """Wait for the next core message. The queue is bounded: what overflows is dropped and counted.
+
+        Raises `BusError` once it is closed and the queue empty.
+        """
         ...
 
     async def close(self) -> None: ...
 
 
-class Inbox(Subscription, Protocol):
+class Subscription(Deliveries, Protocol):
+    """Core messages on one subject."""
+
+    async def drain(self) -> None:
+        """Have nothing more sent here, then close: what the server has handed out by then can still be taken."""
+        ...
+
+
+class Inbox(Deliveries, Protocol):
     """A subscription on a subject of its own, for replies. All inboxes of a bus are one subscription at the server."""
 
     @property

@@ -9,6 +9,7 @@ INTAKE_<cell>   submitted requests: a work queue, a message leaves it when intak
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -41,15 +42,21 @@ class JetStreamSubscription(DeliveryQueue):
         connection.listen(subscription)
         # Once this returns, the server knows: what another connection publishes from now on arrives here.
         if connection.is_connected:
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FLUSH_SECONDS):
                     await connection.flush()
-            except TimeoutError:
-                pass
         return subscription
 
     def _delivered(self, subject: bytes, reply: bytes, payload: bytes, headers: bytes | None) -> None:
         self.put(Delivery(subject.decode(), payload, reply.decode(), parse_headers(headers)))
+
+    async def drain(self) -> None:
+        self._connection.unsubscribe_soon(self._sid)
+        if self._connection.is_connected:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FLUSH_SECONDS):
+                    await self._connection.flush()
+        await self.close()
 
     async def close(self) -> None:
         self._connection.forget(self)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from bus.contract import Appended, Bus, BusError, Delivery, NoAnswer, NoResponders, Record
@@ -173,9 +173,15 @@ class MemoryServer:
 class MemorySubscription(DeliveryQueue):
     """See `bus.contract.Subscription`."""
 
-    def __init__(self, drop: Callable[[], None]) -> None:
+    def __init__(self, drop: Callable[[], None], flushed: Callable[[], Awaitable[None]]) -> None:
         super().__init__()
         self._drop = drop
+        self._flushed = flushed
+
+    async def drain(self) -> None:
+        self._drop()
+        await self._flushed()
+        self.end()
 
     async def close(self) -> None:
         self._drop()
@@ -290,7 +296,7 @@ class MemoryBus:
             self.server._interests.pop(number, None)
             self._subscriptions.pop(number, None)
 
-        subscription = MemorySubscription(drop)
+        subscription = MemorySubscription(drop, self._flushed)
         self._subscriptions[number] = subscription
         if not self.ended:
             self.server._interests[number] = _Interest(self, subject, queue, subscription.put)

@@ -42,6 +42,11 @@ class Tasks:
         """Until a task fails (its exception is raised), or for ever."""
         await self._future()
 
+    async def settle(self) -> None:
+        """Until every spawned task is over."""
+        while self._brief:
+            await asyncio.wait(list(self._brief))
+
     async def stop(self) -> None:
         """Cancel everything, in the order of its start, and wait until it is over."""
         tasks = [*self._lasting, *self._brief]

@@ -207,7 +207,8 @@ class Candidate(msgspec.Struct, frozen=True, omit_defaults=True):
     """One worker that was weighed. Times in nanoseconds; the sum is what is compared.
 
     queue_ns: bytes queued on that server's loading path / bandwidth (PAPER, q); load_ns: bytes / bandwidth of the
-    slowest stage (n/b); free_ns: to stop what is evicted; attach_ns: to attach from DRAM.
+    slowest stage (n/b); free_ns: to stop what is evicted; attach_ns: to attach from DRAM. busy: sequences that this
+    device computes already, or will as soon as what starts there runs; from rule version 2 on.
     """
 
     worker: Name
@@ -217,6 +218,7 @@ class Candidate(msgspec.Struct, frozen=True, omit_defaults=True):
     free_ns: Count
     attach_ns: Count
     evict: tuple[str, ...] = ()
+    busy: Count = 0
 
 
 class PlacementDecided(Message, frozen=True, tag="placement.decided"):

@@ -27,10 +27,11 @@ from world import (
 )  # fmt: skip
 
 from actors.actor import Actor
-from actors.cell import Cell, UnknownRules
+from actors.cell import Cell
 from actors.gpu import Gpu
 from actors.placement import Placement
 from actors.requests import Requests
+from actors.rules import UnknownRules
 from bus.contract import Record
 from bus.messages import (
     AttachFailed,
@@ -163,8 +164,10 @@ def test_a_timer_is_the_message_that_asked_for_it_whoever_states_it_and_fires_on
 def test_unknown_rules_stop_the_cell() -> None:
     bench = Bench()
     bench.alone("cell", RulesActivated(1))
-    with pytest.raises(UnknownRules, match=r"rule version 2 .*sequence 2.*run a newer one"):
-        bench.alone("cell", RulesActivated(2))
+    bench.alone("cell", RulesActivated(2))
+    assert bench.cell.rules == 2
+    with pytest.raises(UnknownRules, match=r"rule version 3 .*sequence 3.*run a newer one"):
+        bench.alone("cell", RulesActivated(3))
     (skipped,) = said(Bench().alone("requests", RulesActivated(2)))
     assert isinstance(skipped, StepSkipped), "nobody but the cell takes rules"
 

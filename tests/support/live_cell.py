@@ -37,9 +37,11 @@ class LiveCell:
         await child.start()
         return child
 
-    async def add_node(self, server: str, *, workers: int = 1, step_seconds: float = 0.0, slots: int = 64) -> Child:
+    async def add_node(
+        self, server: str, *, workers: int = 1, step_seconds: float = 0.0, slots: int = 64, models: int = 1
+    ) -> Child:
         base = ["--nats", self.server.url, "--cell", CELL, "--server", server, "--workers", str(workers)]
-        arguments = [*base, "--step-seconds", str(step_seconds), "--slots", str(slots)]
+        arguments = [*base, "--step-seconds", str(step_seconds), "--slots", str(slots), "--models", str(models)]
         child = Child(f"node-{server}", arguments, self.folder / f"node-{server}.log", module="actors.stub_node")
         self.nodes.append(child)
         await child.start()
@@ -67,6 +69,8 @@ async def live_cell(
     *,
     controls: int = 1,
     nodes: int = 1,
+    workers: int = 1,
+    models: int = 1,
     step_seconds: float = 0.0,
     slots: int = 64,
     control: tuple[str, ...] = (),
@@ -82,8 +86,8 @@ async def live_cell(
         for _ in range(controls):
             await cell.add_control(*control)
         for number in range(nodes):
-            await cell.add_node(f"n{number}", step_seconds=step_seconds, slots=slots)
-        await cell.until(lambda found: len(found["workers"]) == nodes and bool(found["models"]))
+            await cell.add_node(f"n{number}", workers=workers, step_seconds=step_seconds, slots=slots, models=models)
+        await cell.until(lambda found: len(found["workers"]) == nodes * workers and len(found["models"]) == models)
         yield cell
     except BaseException:
         print(cell.logs())

@@ -1,0 +1,37 @@
+"""Rule versions: which there are, what each changed, and when an old one may go.
+
+A change of behaviour is a version. `rules.activated` is a fact: what stands before it is decided by the old version,
+what stands behind it by the new one, on every replica and in every replay. So both are in the code, beside each other:
+
+    version 2: of places that are ready equally soon, the device with the least to do gets the instance
+        (`order_1` and `order_2` in `actors.placement_start`)
+
+Version N may be taken out, with what is its own in those places, once nobody has to decide by it any more: every cell's
+switch to a later one lies behind its oldest snapshot, and no recording from before that is to be verified by this
+program. What then still meets it is told so by `UnknownRules`.
+"""
+
+from __future__ import annotations
+
+FIRST_RULES = 1
+"""In force from the beginning of a ledger on, until a fact says otherwise."""
+
+KNOWN_RULES = (1, 2)
+"""What this program can follow, in order; the last is the best it knows."""
+
+SENTENCES = {
+    1: "of places that are ready equally soon, the first in order of arrival gets the instance",
+    2: "of places that are ready equally soon, the device with the least to do gets the instance",
+}
+"""Per version, for people."""
+
+
+class UnknownRules(Exception):
+    """The ledger follows a rule version that this program does not know: it must not decide, nor publish."""
+
+    def __init__(self, version: int, sequence: int, known: tuple[int, ...]) -> None:
+        self.version, self.sequence, self.known = version, sequence, known
+        super().__init__(
+            f"rule version {version} is in force at ledger sequence {sequence}; "
+            f"this program knows {', '.join(map(str, known))}: run a newer one"
+        )
