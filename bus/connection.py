@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import ssl
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -23,7 +24,7 @@ from nats.aio.client import Client
 from nats.aio.subscription import Subscription
 from nats.errors import Error as ClientError
 
-from bus.contract import BusError, Delivery, NoAnswer, NoResponders, Unreachable
+from bus.contract import BusError, Delivery, NoAnswer, NoResponders, NotAllowed, Unreachable
 from bus.credentials import ConnectionOptions
 from bus.wire import header_block, parse_headers, publish_frame, status
 
@@ -34,6 +35,9 @@ WRITE_BUFFER_BYTES = 4 * 1024 * 1024
 
 Hook = Callable[[bytes, bytes, bytes, bytes | None], None]
 """Called with subject, reply subject, payload and raw headers of one message. It must not raise."""
+
+_VIOLATION = re.compile(r"permissions violation for (publish|subscription) to \"([^\"]*)\"")
+"""What a server says where a user lacks a right; nats-py hands it on in lower case."""
 
 _log = logging.getLogger("longshore.bus")
 
@@ -113,6 +117,9 @@ class Listener(Protocol):
 
     def closed(self) -> None: ...
 
+    def forbidden(self, subject: str) -> None:
+        """The server does not let us publish on a subject, which is given in lower case."""
+
 
 class Connection(Client):
     """A NATS client whose messages can be taken inline. Make it with `Connection.open`."""
@@ -124,6 +131,7 @@ class Connection(Client):
         self._hooks: dict[int, Hook] = {}
         self._listeners: dict[int, Listener] = {}
         self._answers: dict[int, asyncio.Future[tuple[bytes, bytes | None]]] = {}
+        self._asked: dict[int, str] = {}
         self._inboxes: dict[int, Hook] = {}
         self._next_answer = 0
         self._answer_prefix = ""
@@ -132,6 +140,7 @@ class Connection(Client):
         self._errors: list[BaseException] = []
         self._last_told = ""
         self._wants_tls = False
+        self._deaf = False
 
     @classmethod
     async def open(cls, options: ConnectionOptions | str, *, name: str = "") -> Connection:
@@ -197,6 +206,16 @@ class Connection(Client):
         self._up.set()
         self._answer_prefix = self.new_inbox() + "."
         await self.hook(self._answer_prefix + "*", self._answered)
+        # Without a right to its own answers nothing would ever work, and nobody would say why.
+        with contextlib.suppress(Exception):
+            await self.flush(int(CONNECT_SECONDS))
+        if self._deaf:
+            self.connections = 0
+            prefix = self._answer_prefix.removesuffix(".").rpartition(".")[0]
+            raise Unreachable(
+                f"the NATS server at {self.url} allows this user no answers under {prefix}: name the prefix that it "
+                "allows with --nats-inbox PREFIX"
+            )
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         # nats-py would say who it is in the clear to whoever answers at a tls:// address.
@@ -290,6 +309,7 @@ class Connection(Client):
         token = self._next_answer
         answer: asyncio.Future[tuple[bytes, bytes | None]] = asyncio.get_running_loop().create_future()
         self._answers[token] = answer
+        self._asked[token] = subject
         try:
             self.write(self.frame(subject, payload, reply=f"{self._answer_prefix}{token}", headers=headers))
             async with asyncio.timeout(timeout):
@@ -298,6 +318,7 @@ class Connection(Client):
             raise NoAnswer(f"no answer on {subject} within {timeout:g} s") from None
         finally:
             self._answers.pop(token, None)
+            self._asked.pop(token, None)
         if status(raw) == 503 and not data:
             raise NoResponders(f"nobody listens on {subject}")
         return data, raw
@@ -367,6 +388,9 @@ class Connection(Client):
         await super()._attempt_reconnect()
 
     async def _process_err(self, err_msg: str) -> None:
+        violation = _VIOLATION.search(err_msg)
+        if violation is not None:
+            self._violated(violation[1], violation[2])
         # nats-py closes for good on most errors that a server names; only the first connect may end that way.
         if self.connections == 0 or "permissions violation" in err_msg:
             await super()._process_err(err_msg)
@@ -375,10 +399,30 @@ class Connection(Client):
         else:
             await self._process_op_err(ConnectionError(err_msg))
 
+    def _violated(self, what: str, subject: str) -> None:
+        """Tell whoever waits for an answer that there will be none. `subject` is in lower case."""
+        if what == "subscription":
+            self._deaf = self._deaf or subject == f"{self._answer_prefix}*".lower()
+            return
+        for token, asked in self._asked.items():
+            answer = self._answers[token]
+            if asked.lower() == subject and not answer.done():
+                answer.set_exception(self.not_allowed(asked))
+        for listener in list(self._listeners.values()):
+            listener.forbidden(subject)
+
+    def not_allowed(self, subject: str) -> NotAllowed:
+        return NotAllowed(f"the NATS server at {self.url} does not allow this user to publish on {subject}")
+
     async def _read_loop(self) -> None:
         await super()._read_loop()
         if self.is_connected and self._reading_task is asyncio.current_task():
             await self._process_op_err(ConnectionError("reading ended by an error inside the client"))
+
+    async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
+        # nats-py writes it past what is still queued, so that its answer would say nothing about that.
+        self._pongs.append(asyncio.get_running_loop().create_future() if future is None else future)
+        self.write(b"PING\r\n")
 
     async def _process_pong(self) -> None:
         # As in nats-py, but a pong for somebody who gave up waiting does not end the read loop.

@@ -53,6 +53,10 @@ class Unreachable(BusError):
     """No server answers at the given address."""
 
 
+class NotAllowed(BusError):
+    """The server does not let this user publish on a subject, or listen to it: nothing was done."""
+
+
 class NoResponders(BusError):
     """Nobody listens on the requested subject."""
 

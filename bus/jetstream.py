@@ -72,6 +72,9 @@ class JetStreamSubscription(DeliveryQueue):
     def closed(self) -> None:
         self.end()
 
+    def forbidden(self, subject: str) -> None:
+        pass
+
 
 class JetStreamInbox(DeliveryQueue):
     """See `bus.contract.Inbox`: a number under the connection's one subscription for answers, and no more."""
@@ -98,6 +101,9 @@ class JetStreamInbox(DeliveryQueue):
 
     def closed(self) -> None:
         self.end()
+
+    def forbidden(self, subject: str) -> None:
+        pass
 
 
 class JetStreamBus:

@@ -221,6 +221,15 @@ class JetStreamLog:
             self._timer.cancel()
             self._timer = None
 
+    def forbidden(self, subject: str) -> None:
+        for token, append in list(self._flying.items()):
+            if append.subject.lower() == subject:
+                del self._flying[token]
+                self._flying_bytes -= len(append.frame)
+                if not append.future.done():
+                    append.future.set_exception(self._connection.not_allowed(append.subject))
+        self._pump()
+
     # reading
     async def read(self, filters: Sequence[str] = (), *, start: int = 1) -> Reader:
         return await JetStreamReader.open(self._connection, self.stream, filters, start)

@@ -284,6 +284,9 @@ class JetStreamReader:
     def restored(self) -> None:
         self._trouble.set()
 
+    def forbidden(self, subject: str) -> None:
+        pass
+
     def closed(self) -> None:
         self._fail(BusError(f"the connection to {self._connection.url} is closed"))
         self._trouble.set()
