@@ -107,9 +107,11 @@ def _control(place: Place) -> tuple[list[str], list[str]]:
     subjects, intake = place.subjects, place.subjects.intake_stream
     publish = [subjects.fact("*", kind) for kind in CONTROL_KINDS]
     publish += [f"{subjects.said_prefix}>", f"{subjects.prefix}.tokens.*.*", subjects.refused("*")]
-    for stream in (subjects.ledger_stream, subjects.tokens_stream, intake):
+    publish.append(subjects.snapshots_filter)
+    for stream in (subjects.ledger_stream, subjects.tokens_stream, intake, subjects.snapshots_stream):
         publish += [f"$JS.API.STREAM.{verb}.{stream}" for verb in ("CREATE", "UPDATE")]
     publish += _reads(subjects.ledger_stream) + _reads(subjects.tokens_stream) + _looks(intake)
+    publish += [*_reads(subjects.snapshots_stream), f"$JS.API.STREAM.PURGE.{subjects.snapshots_stream}"]
     publish += [
         f"$JS.API.CONSUMER.CREATE.{intake}.>",
         f"$JS.API.CONSUMER.DURABLE.CREATE.{intake}.*",

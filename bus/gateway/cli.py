@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from bus.options import DEFAULT_CELL, DEFAULT_NATS, CellOption, Failure, NatsOption, check_cell_name
+from bus.options import DEFAULT_CELL, DEFAULT_NATS, CellOption, Failure, NatsOption, check_cell_name, connection
 
 
 def gateway(
@@ -43,7 +43,7 @@ def gateway(
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # what clients do wrong is told to them
     settings = GatewaySettings(
-        nats=nats,
+        nats=connection(nats),
         cell=cell,
         host=host,
         port=port,

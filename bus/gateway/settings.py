@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from bus.credentials import ConnectionOptions
 from bus.gateway.keys import ApiKeys
 
 MIB = 1 << 20
@@ -18,7 +19,7 @@ class GatewaySettings:
     what waits for it. `grace_seconds` is what open answers get when the gateway is told to end.
     """
 
-    nats: str
+    nats: ConnectionOptions | str
     cell: str = "main"
     host: str = "127.0.0.1"
     port: int = 8000
