@@ -5,7 +5,7 @@
     control    takes what clients say, decides, says so
     operator   reads everything, changes what an operator may
 
-A fact kind belongs to one role (`FACT_ROLES`); a new one that is missing here fails a test. What the rights are about:
+A kind of fact belongs to a role (`FACT_KINDS`); a new one that is missing here fails a test. What the rights are about:
 nobody but intake, drivers, watch and control publishes to the ledger, each its own kinds; a client neither reads nor
 changes a stream; nobody deletes or purges the ledger but control, which has to close its old generations.
 
@@ -31,15 +31,17 @@ STORE_KINDS = ("store.started", "model.loaded", "load.failed", "model.evicted", 
 WORKER_KINDS = ("worker.started", "model.attached", "attach.failed", "model.detached", "cancel.taken", "reader.added",
                 "sequence.finished", "sequence.refused", "sequence.failed", "progress.reported")  # fmt: skip
 CONTROL_KINDS = ("request.accepted", "cancel.requested", "reader.attached", "requests.configured", "model.added",
-                 "model.removed", "placement.configured", "driver.lost", "sequences.sealed", "timer.fired")  # fmt: skip
+                 "model.removed", "placement.configured", "driver.lost", "sequences.sealed", "timer.fired",
+                 "rules.activated")  # fmt: skip
 OPERATOR_KINDS = ("rules.activated", "difference.accepted")
 
-FACT_ROLES: dict[str, Role] = {
-    **dict.fromkeys(STORE_KINDS + WORKER_KINDS, "node"),
-    **dict.fromkeys(CONTROL_KINDS, "control"),
-    **dict.fromkeys(OPERATOR_KINDS, "operator"),
+FACT_KINDS: dict[Role, tuple[str, ...]] = {
+    "client": (),
+    "node": STORE_KINDS + WORKER_KINDS,
+    "control": CONTROL_KINDS,
+    "operator": OPERATOR_KINDS,
 }
-"""Which role states a kind of fact."""
+"""Which kinds of facts a role states. The first rules of a cell are stated by its first control, later ones by hand."""
 
 CLIENT_VERBS = ("infer", "submit", "cancel", "resume", "result")
 ADMIN_READS = ("models", "status")
@@ -92,8 +94,8 @@ def _node(place: Place) -> tuple[list[str], list[str]]:
     subjects = place.subjects
     publish, subscribe = [], []
     for driver in place.drivers or ("*",):
-        kinds = STORE_KINDS if driver.startswith("store/") else WORKER_KINDS if driver != "*" else FACT_ROLES
-        publish += [subjects.fact(driver, kind) for kind in kinds if FACT_ROLES[kind] == "node"]
+        kinds = {"store": STORE_KINDS, "gpu": WORKER_KINDS}.get(driver.partition("/")[0], FACT_KINDS["node"])
+        publish += [subjects.fact(driver, kind) for kind in kinds]
         publish.append(subjects.heartbeat(driver))
         if not driver.startswith("store/"):
             publish.append(f"{subjects.prefix}.tokens.{driver}.*")
