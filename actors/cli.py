@@ -18,7 +18,9 @@ from bus.options import (
     DEFAULT_NATS,
     CellOption,
     Failure,
+    HealthOption,
     JsonOption,
+    LogJsonOption,
     NatsOption,
     check_cell_name,
     connected,
@@ -43,7 +45,8 @@ def control(
     snapshot_facts: Annotated[
         int, typer.Option(min=1, metavar="FACTS", help="Facts between two snapshots, at the least.")
     ] = 5000,
-    log_json: Annotated[bool, typer.Option("--log-json", help="Log JSON lines instead of text.")] = False,
+    health: HealthOption = "",
+    log_json: LogJsonOption = False,
     known_rules: Annotated[
         str, typer.Option("--known-rules", hidden=True, help="Follow these rule versions only, to try an upgrade: 1,2")
     ] = "",
@@ -55,11 +58,11 @@ def control(
     Example: longshore control --nats nats://10.0.0.5:4222 --cell main
     """
     from actors.control_process import ControlOptions, run_control
-    from actors.logs import configure_logs
+    from bus.logs import configure_logs
     from bus.sizes import parse_size
 
     check_cell_name(cell)
-    configure_logs(as_json=log_json)
+    configure_logs(as_json=log_json, process="control")
     options = ControlOptions(
         connection(nats),
         cell,
@@ -69,6 +72,7 @@ def control(
         queue_limit,
         snapshot_facts=snapshot_facts,
         known_rules=_known_rules(known_rules),
+        health=health,
     )
     _run(run_control(options))
 
@@ -99,6 +103,7 @@ def up(
     dram: Annotated[str, typer.Option(metavar="SIZE", help="DRAM budget of each server for checkpoints.")] = "",
     slots: Annotated[int, typer.Option(min=0, max=1024, help="Sequences per instance at most; 0: the default.")] = 0,
     fsync: Annotated[bool, typer.Option("--fsync", help="The embedded server fsyncs every message.")] = False,
+    log_json: LogJsonOption = False,
 ) -> None:
     """Start a whole cell on this machine and keep it up until SIGTERM or Ctrl-C.
 
@@ -128,6 +133,7 @@ def up(
         dram=dram,
         slots=slots,
         config=active_file(),
+        log_json=log_json,
     )
     _run(_up(options))
 

@@ -36,7 +36,8 @@ from actors.timers import Timers
 from actors.unshown import Unshown
 from actors.watch import LOOK_SECONDS, SILENCE_SECONDS, Watch
 from bus.contract import Appended, Bus, BusError, LogFull, Reader
-from bus.messages import SealTokens, decode_said, decode_said_body
+from bus.messages import RequestEnded, SealTokens, decode_said, decode_said_body
+from bus.replies import REASON_LIMIT
 from bus.subjects import Subjects
 from bus.tasks import Tasks
 
@@ -95,6 +96,15 @@ class Control:
     def live(self) -> bool:
         """Whether the past is read: from here on this control takes part."""
         return self.replica is not None and self.replica.live
+
+    def obstacles(self) -> list[str]:
+        """Why this control cannot serve now, one sentence each; none: it can."""
+        found = [] if self.bus.connected else ["there is no connection to the NATS server"]
+        if self.replica is None:
+            found.append("it looks for where to begin in the ledger")
+        elif not self.live:
+            found.append(f"it reads the ledger and is at sequence {self.replica.position}")
+        return found + self.intake.obstacles()
 
     def _cell(self) -> Cell:
         return self.replica.cell if self.replica is not None else self._empty
@@ -294,7 +304,11 @@ class Control:
     async def _show(self, replica: Replica, payload: bytes) -> None:
         if not replica.leading:
             await asyncio.sleep(STANDBY_SECONDS / 2)
-        await self._reader.show(decode_said_body(decode_said(payload).body))
+        ended = decode_said_body(decode_said(payload).body)
+        if replica.leading and isinstance(ended, RequestEnded):
+            how = {"outcome": ended.outcome, "code": ended.code, "reason": ended.reason[:REASON_LIMIT]}
+            log.info("request ended", request=ended.request, **how)
+        await self._reader.show(ended)
 
     async def _seal(self, replica: Replica, order: SealTokens) -> None:
         """Until the cell has taken the statement, whoever made it."""

@@ -23,6 +23,7 @@ from actors.submissions import take_submissions
 from bus.contract import BusError, LogChanged
 from bus.credentials import ConnectionOptions
 from bus.errors import UserError
+from bus.health import Health
 from bus.jetstream import JetStreamBus
 from bus.messages import Message, PlacementConfigured, RequestsConfigured, RulesActivated
 from bus.service import VERBS, Service
@@ -47,6 +48,7 @@ class ControlOptions:
     queue_limit: int = 1000
     snapshot_facts: int = SNAPSHOT_FACTS
     known_rules: tuple[int, ...] = KNOWN_RULES
+    health: str = ""
 
 
 RESTART_SECONDS = 1.0
@@ -66,10 +68,15 @@ async def run_control(options: ControlOptions) -> None:
     ending = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
+    async with Health("control").kept(options.health) as health:
+        await _run_until(ending, options, health)
+
+
+async def _run_until(ending: asyncio.Event, options: ControlOptions, health: Health) -> None:
     stop = asyncio.ensure_future(ending.wait())
     restarted = False
     while not ending.is_set():
-        run = asyncio.ensure_future(_run_once(options, ending))
+        run = asyncio.ensure_future(_run_once(options, ending, health))
         await asyncio.wait([run, stop], return_when=asyncio.FIRST_COMPLETED)
         if not run.done():
             await asyncio.wait([run], timeout=2 * LEAVE_SECONDS)
@@ -94,7 +101,7 @@ async def run_control(options: ControlOptions) -> None:
             ) from None
 
 
-async def _run_once(options: ControlOptions, ending: asyncio.Event) -> None:
+async def _run_once(options: ControlOptions, ending: asyncio.Event, health: Health) -> None:
     me = secrets.token_hex(8)
     bus = await JetStreamBus.connect(
         options.nats,
@@ -128,13 +135,16 @@ async def _run_once(options: ControlOptions, ending: asyncio.Event) -> None:
                 service_tasks.start(service.answer(verb, subject), f"service {subject}")
         control.tasks.start(service_tasks.wait(), "service")
         control.tasks.start(_after_start(bus, control, options), "after start")
+        health.reasons = control.obstacles
         try:
             await _until(ending, control)
         except UnknownRules as error:
             standing.silent = str(error)
+            health.reasons = lambda: [standing.silent]
             log.error("silent", reason=str(error), me=me)
             await _stay_silent(bus, control, error, ending)
     finally:
+        health.reasons = lambda: ["it is starting anew"]
         await service_tasks.stop()
         await bus.close()
 

@@ -31,6 +31,7 @@ from bus.api import (
     reply_headers,
 )
 from bus.contract import Appended, Bus, BusError, Delivery, LogFull, NoAnswer, Subscription, Usage
+from bus.logs import about
 from bus.messages import (
     CancelRequested,
     FactEnvelope,
@@ -52,6 +53,9 @@ FULL_PERCENT = 80
 """New requests are refused from this share of the ledger's limit on; the rest is for what must be said."""
 REPEATS_PERCENT = 90
 """From this share on, repeats and readers that come back are refused, too: each is a fact, and leads to more."""
+
+SILENT_SECONDS = 5.0
+"""A ledger that has not said for so long how full it is does not answer."""
 
 UNDERWAY_LIMIT = 2000
 """Messages handled at once. What comes beyond that is refused at once: nothing piles up while the bus is away."""
@@ -75,6 +79,7 @@ class Intake:
         self._results = ResultsReader(bus, subjects)
         self._percent = 0
         self._tokens_percent = 0
+        self._measured = float("-inf")
         self.counts: dict[str, int] = {"requests": 0, "errors": 0}
         self._subscriptions: list[Subscription] = []
         self._leaving = False
@@ -123,6 +128,19 @@ class Intake:
         """Look how full the streams are. Call it about once a second."""
         self._percent = _percent(await self._bus.ledger.usage())
         self._tokens_percent = _percent(await self._bus.tokens.usage())
+        self._measured = asyncio.get_running_loop().time()
+
+    def obstacles(self) -> list[str]:
+        """Why new requests are not taken now, as far as the streams are the reason; one sentence each."""
+        silent = asyncio.get_running_loop().time() - self._measured
+        found = ["it is leaving: others answer"] if self._leaving else []
+        if silent > SILENT_SECONDS:
+            never = self._measured < 0
+            found.append("the ledger has not answered yet" if never else f"the ledger is silent for {silent:.0f} s")
+        for name, percent in (("ledger", self._percent), ("stream of tokens", self._tokens_percent)):
+            if percent >= FULL_PERCENT:
+                found.append(f"the {name} is filled to {percent} % of its limit: new requests are refused")
+        return found
 
     async def _handle(self, verb: Callable[[Delivery], Awaitable[Answer]], delivery: Delivery) -> None:
         self.counts["requests"] += 1
@@ -206,6 +224,7 @@ class Intake:
                 raise Refusal("bad_request", text)
         if generation.messages is not None and not card.chat:
             raise Refusal("bad_request", f"{model} has no chat template: send a prompt instead of messages")
+        about(parsed.request)
         return parsed
 
     async def accept(self, parsed: ParsedRequest, reply: str) -> Status:
@@ -244,6 +263,7 @@ class Intake:
             return unknown(parsed.request, "the ledger did not answer in time: repeat with the same key", retry_ms=1000)
         except LogFull:
             raise Refusal("ledger_full", "the ledger is full: no new requests until an operator makes room") from None
+        log.info("request accepted", request=parsed.request, model=fact.model, again=again)
         return accepted(parsed.request)
 
     async def state(self, actor: str, message: Message, message_id: str) -> Appended:
@@ -256,6 +276,7 @@ class Intake:
         request = await self._known(delivery)
         if self._requests().requests[request].status != "ended":
             await self._stated("requests", CancelRequested(request), f"fact.intake.cancel.{request}")
+            log.info("cancel accepted", request=request)
         return accepted(request)
 
     async def _resume(self, delivery: Delivery) -> Answer:
@@ -300,6 +321,7 @@ class Intake:
     async def _known(self, delivery: Delivery) -> str:
         """The request that a subject names. Another control may just have accepted it: what is unknown gets a look."""
         request = parse_request_id(self._subjects.last_token(delivery.subject))
+        about(request)
         if not self._live():
             raise Refusal("not_ready", "this control is still reading the ledger", retry_ms=1000)
         if request not in self._requests().requests:

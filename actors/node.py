@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import secrets
 import signal
+import time
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -25,6 +26,7 @@ from actors.store_driver import StoreDriver
 from actors.worker_settings import WorkerSettings, start_worker
 from bus.credentials import ConnectionOptions
 from bus.errors import UserError
+from bus.health import Health
 from bus.jetstream import JetStreamBus
 from bus.tasks import Tasks
 
@@ -33,6 +35,8 @@ LONGEST_PAUSE_SECONDS = 2.0
 STEADY_SECONDS = 10.0
 """A worker that lived this long was no failed start: it is restarted at once again."""
 STOP_SECONDS = 5.0
+SERVING_SECONDS = 3.0
+"""What a worker said of itself counts for so long."""
 
 _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
@@ -65,6 +69,7 @@ class NodeOptions:
     threads: int
     context: int = DEFAULT_CONTEXT
     log_json: bool = False
+    health: str = ""
 
     @property
     def models(self) -> Path:
@@ -91,13 +96,15 @@ async def run_node(options: NodeOptions) -> None:
     workers = [WorkerProcess(context, worker_settings(options, index)) for index in range(options.workers)]
     tasks = Tasks()
     try:
-        tasks.start(shell.run(), "store")
-        for worker in workers:
-            tasks.start(worker.supervise(), worker.name)
-        tasks.start(_until(ending), "ending")
-        tasks.start(_alone(shell, options.server), "alone")
-        with contextlib.suppress(_Ending):
-            await tasks.wait()
+        async with Health(f"node {options.server}").kept(options.health) as health:
+            tasks.start(shell.run(), "store")
+            for worker in workers:
+                tasks.start(worker.supervise(), worker.name)
+            tasks.start(_until(ending), "ending")
+            tasks.start(_alone(shell, options.server), "alone")
+            health.reasons = lambda: obstacles(bus, shell, workers)
+            with contextlib.suppress(_Ending):
+                await tasks.wait()
     finally:
         await tasks.stop()
         await asyncio.gather(*(worker.stop() for worker in workers))
@@ -150,6 +157,18 @@ async def _alone(shell: DriverShell, server: str) -> None:
                 raise _second(server)
 
 
+def obstacles(bus: JetStreamBus, shell: DriverShell, workers: list[WorkerProcess]) -> list[str]:
+    """Why this node cannot serve now, one sentence each; none: it can, if only with some of its workers."""
+    found = [] if bus.connected else ["there is no connection to the NATS server"]
+    if not shell.epoch:
+        found.append(
+            "the store is not known to the cell yet" if not shell.endings else f"the store: {shell.last_ending}"
+        )
+    if not any(worker.serving for worker in workers):
+        found.append("no worker is known to the cell: see their lines in the log")
+    return found
+
+
 def worker_settings(options: NodeOptions, index: int) -> WorkerSettings:
     return WorkerSettings(
         nats=options.nats,
@@ -173,6 +192,12 @@ class WorkerProcess:
         self.name = f"gpu/{settings.server}/{settings.index}"
         self._context = context
         self._process: ForkServerProcess | None = None
+        self._beat = context.RawValue("d", 0.0)
+
+    @property
+    def serving(self) -> bool:
+        """Whether the worker has an epoch and a connection, as it said itself a moment ago."""
+        return bool(time.monotonic() - self._beat.value < SERVING_SECONDS)
 
     async def supervise(self) -> None:
         """For ever; `stop` ends the process that is left."""
@@ -193,7 +218,9 @@ class WorkerProcess:
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
 
     async def _start(self) -> ForkServerProcess:
-        process = self._context.Process(target=start_worker, args=(self.settings,), name=self.name, daemon=True)
+        process = self._context.Process(
+            target=start_worker, args=(self.settings, self._beat), name=self.name, daemon=True
+        )
         # The first start waits until the fork server has imported everything; the event loop does not. The thread
         # goes on where this task is cancelled, so the process is noted first.
         self._process = process

@@ -9,7 +9,17 @@ from typing import Annotated
 import typer
 
 from bus.errors import UserError
-from bus.options import DEFAULT_CELL, DEFAULT_NATS, CellOption, Failure, NatsOption, check_cell_name, connection
+from bus.options import (
+    DEFAULT_CELL,
+    DEFAULT_NATS,
+    CellOption,
+    Failure,
+    HealthOption,
+    LogJsonOption,
+    NatsOption,
+    check_cell_name,
+    connection,
+)
 
 DEFAULT_DATA = Path("data")
 DEFAULT_SLOTS = 16
@@ -41,7 +51,8 @@ def node(
     context: Annotated[
         int, typer.Option(min=2, max=1_048_576, metavar="TOKENS", help="Longest sequence, prompt and answer together.")
     ] = 4096,
-    log_json: Annotated[bool, typer.Option("--log-json", "--json", help="Log JSON lines instead of text.")] = False,
+    health: HealthOption = "",
+    log_json: LogJsonOption = False,
 ) -> None:
     """Run one server of a cell: its storage tiers and its workers, restarted when they die.
 
@@ -53,9 +64,9 @@ def node(
 
     import uvloop
 
-    from actors.logs import configure_logs
     from actors.node import NodeOptions, run_node
     from bus.contract import BusError
+    from bus.logs import configure_logs
     from bus.sizes import parse_size
 
     options = NodeOptions(
@@ -71,9 +82,10 @@ def node(
         threads=threads or max(1, len(os.sched_getaffinity(0)) // workers),
         context=context,
         log_json=log_json,
+        health=health,
     )
     _make_models_directory(options.models)
-    configure_logs(as_json=log_json)
+    configure_logs(as_json=log_json, process=f"node {server}")
     try:
         uvloop.run(run_node(options))
     except BusError as error:

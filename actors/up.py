@@ -54,6 +54,7 @@ class UpOptions:
     dram: str = ""
     slots: int = 0
     config: Path | None = None
+    log_json: bool = False
     control_arguments: tuple[str, ...] = ()
     node_arguments: tuple[str, ...] = ()
 
@@ -101,11 +102,12 @@ class CellProcesses:
             self.connection = ConnectionOptions(url=self.server.url)
         common = ["--nats", self.url, "--cell", options.cell]
         common += ["--config", str(options.config)] if options.config is not None else []
+        common += ["--log-json"] if options.log_json else []
         for number in range(1, options.controls + 1):
-            arguments = ["control", *common, *options.control_arguments]
+            arguments = ["control", *common, "--health", "", *options.control_arguments]
             self.controls.append(self._child(f"control-{number}", arguments))
         for number in range(1, options.nodes + 1):
-            arguments = ["node", *common, "--server", f"s{number}", "--data", str(options.data)]
+            arguments = ["node", *common, "--server", f"s{number}", "--data", str(options.data), "--health", ""]
             arguments += ["--workers", str(options.workers), "--device", options.device]
             arguments += ["--dram", options.dram or str(_share(options.nodes))]
             memory = options.memory or (str(_share(options.nodes * options.workers)) if options.device == "cpu" else "")

@@ -16,6 +16,7 @@ import asyncio
 import logging
 from collections import deque
 from dataclasses import replace
+from typing import Any
 
 from actors.driver import FACTS_IN_FLIGHT, Epoch
 from actors.driver_core import Effect, EpochOver
@@ -179,6 +180,7 @@ class _Work:
             self._epoch.state(SequenceRefused(message.request, message.attempt, reason, retry=True), answers=number)
             return
         self._held[sequence.key] = sequence
+        logger.info("sequence taken", extra=self._fields(sequence) | {"position": message.position})
         self._tasks.spawn(self._prepare(sequence), "prepares")
 
     def _cancel(self, number: int, message: CancelSequence) -> None:
@@ -240,6 +242,7 @@ class _Work:
     def _refuse(self, sequence: HeldSequence, reason: str, *, retry: bool = False) -> None:
         effect = sequence.effect
         del self._held[sequence.key]
+        logger.info("sequence refused", extra=self._fields(sequence) | {"reason": reason[:300]})
         self._epoch.state(
             SequenceRefused(effect.request, effect.attempt, reason[:4000], retry=retry), answers=sequence.number
         )
@@ -384,7 +387,15 @@ class _Work:
 
     def _let_go(self, sequence: HeldSequence, answer: Message) -> None:
         del self._held[sequence.key]
+        how = {"end": sequence.end or "failed", "position": sequence.durable}
+        logger.info("sequence ended", extra=self._fields(sequence) | how)
         self._epoch.state(answer, answers=sequence.number)
+
+    def _fields(self, sequence: HeldSequence) -> dict[str, Any]:
+        """What a line in the log says of a sequence: never what it is asked or answers."""
+        effect = sequence.effect
+        epoch = self._epoch.number
+        return {"request": effect.request, "attempt": effect.attempt, "model": effect.model, "epoch": epoch}
 
     def _report_progress(self) -> None:
         now = self._now()

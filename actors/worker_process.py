@@ -10,6 +10,7 @@ import os
 import secrets
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -17,33 +18,33 @@ import uvloop
 
 from actors.driver import DriverShell
 from actors.local_runtime import LocalRuntime
-from actors.logs import configure_logs
 from actors.worker_driver import WorkerDriver
-from actors.worker_settings import WorkerSettings
+from actors.worker_settings import Beat, WorkerSettings
 from bus.contract import BusError
 from bus.jetstream import JetStreamBus
 from bus.lifeline import end_with_parent
+from bus.logs import configure_logs
 
 logger = logging.getLogger("longshore.worker")
 
 
-def run_worker(settings: WorkerSettings) -> None:
+def run_worker(settings: WorkerSettings, beat: Beat) -> None:
     """The whole life of the process. Ends with exit code 0 on SIGTERM, and dies with the process that forked it."""
     end_with_parent()
-    configure_logs(as_json=settings.log_json)
+    configure_logs(as_json=settings.log_json, process=f"gpu/{settings.server}/{settings.index}")
     torch.set_num_threads(settings.threads)
     # What was imported stays: a full collection (at every detach) then looks at the models alone. It holds the
     # interpreter for most of a second otherwise, and a worker that sends no heartbeat for a second is lost.
     gc.freeze()
     try:
-        uvloop.run(serve_worker(settings))
+        uvloop.run(serve_worker(settings, beat))
     except BusError as error:
         logger.error("worker %s/%d ends: %s", settings.server, settings.index, error)
         _leave(1)
     _leave(0)
 
 
-async def serve_worker(settings: WorkerSettings) -> None:
+async def serve_worker(settings: WorkerSettings, beat: Beat) -> None:
     """Run the driver until SIGTERM. Raises `BusError` where there is no server."""
     loop = asyncio.get_running_loop()
     name = f"gpu/{settings.server}/{settings.index}"
@@ -66,14 +67,24 @@ async def serve_worker(settings: WorkerSettings) -> None:
     )
     shell = DriverShell(bus, bus.subjects, driver, boot=lambda: secrets.token_hex(8))
     running = loop.create_task(shell.run())
+    saying = loop.create_task(_say(beat, bus, shell))
     loop.add_signal_handler(signal.SIGTERM, running.cancel)
     loop.add_signal_handler(signal.SIGINT, lambda: None)  # of the terminal: the node ends its workers itself
     try:
         with contextlib.suppress(asyncio.CancelledError):
             await running
     finally:
+        saying.cancel()
         runtime.close()
         await bus.close()
+
+
+async def _say(beat: Beat, bus: JetStreamBus, shell: DriverShell) -> None:
+    """Tell the node that this worker serves, for as long as it does."""
+    while True:
+        if shell.epoch and bus.connected:
+            beat.value = time.monotonic()
+        await asyncio.sleep(0.5)
 
 
 def _leave(code: int) -> None:

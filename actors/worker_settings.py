@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from bus.credentials import ConnectionOptions
 
@@ -23,8 +24,14 @@ class WorkerSettings:
     log_json: bool = False
 
 
-def start_worker(settings: WorkerSettings) -> None:
+class Beat(Protocol):
+    """Memory shared with the node: when the worker last had an epoch and a connection, by the monotonic clock."""
+
+    value: float
+
+
+def start_worker(settings: WorkerSettings, beat: Beat) -> None:
     """The whole life of a worker's process."""
     from actors.worker_process import run_worker
 
-    run_worker(settings)
+    run_worker(settings, beat)

@@ -94,7 +94,7 @@ def _print(rows: dict[str, list[Effective]]) -> None:
     for name, found in rows.items():
         for one in found:
             value = one.field.shown(one.value)
-            text = json.dumps(value) if isinstance(value, (bool, list)) else str(value)
+            text = json.dumps(value) if isinstance(value, (bool, list)) else "" if value is None else str(value)
             lines.append((name, one.field.path, text or "-", one.source))
     widths = [max(len(line[column]) for line in lines) for column in range(3)]
     for line in lines:

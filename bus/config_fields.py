@@ -55,7 +55,7 @@ class Field:
 
     @property
     def secret(self) -> bool:
-        return _SECRET.search(self.path) is not None
+        return self.kind is str and _SECRET.search(self.path) is not None
 
     def shown(self, value: Any) -> Any:
         """A value as it may be shown to anybody, in JSON."""
@@ -170,7 +170,7 @@ def options_of(function: Callable[..., Any]) -> dict[str, tuple[Any, OptionInfo,
     for name, parameter in inspect.signature(function).parameters.items():
         hint = hints.get(name, parameter.annotation)
         info = next((one for one in typing.get_args(hint)[1:] if isinstance(one, OptionInfo)), None)
-        if info is not None and parameter.default is not inspect.Parameter.empty:
+        if info is not None and not info.hidden and parameter.default is not inspect.Parameter.empty:
             found[name] = (typing.get_args(hint)[0], info, parameter.default)
     return found
 

@@ -40,6 +40,13 @@ NatsOption = Annotated[
 CellOption = Annotated[
     str, typer.Option("--cell", envvar="LONGSHORE_CELL", metavar="NAME", help="The cell.", show_default=True)
 ]
+LogJsonOption = Annotated[bool, typer.Option("--log-json", help="Log JSON lines instead of text.")]
+HealthOption = Annotated[
+    str,
+    typer.Option(
+        "--health", metavar="HOST:PORT", help="Answer /livez and /readyz over HTTP there.", show_default=False
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 

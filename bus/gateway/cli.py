@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bus.options import DEFAULT_CELL, DEFAULT_NATS, CellOption, Failure, NatsOption, check_cell_name, connection
+from bus.options import (
+    DEFAULT_CELL,
+    DEFAULT_NATS,
+    CellOption,
+    Failure,
+    LogJsonOption,
+    NatsOption,
+    check_cell_name,
+    connection,
+)
 
 
 def gateway(
@@ -22,6 +30,7 @@ def gateway(
         typer.Option("--api-keys", envvar="LONGSHORE_API_KEYS", metavar="FILE", help="Lines of the form NAME KEY."),
     ] = None,
     requests: Annotated[int, typer.Option(min=1, help="Requests handled at once; more are refused.")] = 4096,
+    log_json: LogJsonOption = False,
     grace: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="What open answers get when the gateway is told to end.")
     ] = 30.0,
@@ -38,9 +47,10 @@ def gateway(
     from bus.gateway.keys import ApiKeys, read_keys
     from bus.gateway.process import run_gateway
     from bus.gateway.settings import GatewaySettings
+    from bus.logs import configure_logs
 
     check_cell_name(cell)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    configure_logs(as_json=log_json, process="gateway")
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # what clients do wrong is told to them
     settings = GatewaySettings(
         nats=connection(nats),

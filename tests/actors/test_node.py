@@ -59,7 +59,7 @@ async def node(server: EmbeddedServer, data: Path, log: Path, *, workers: int = 
         server.url, cell, create=True, tokens_limit_bytes=1 << 26, ledger_limit_bytes=1 << 26
     )
     async with TinyControl(bus, cell) as control:
-        arguments = ["node", "--nats", server.url, "--cell", cell, "--server", "s1", "--data", str(data), "--json"]
+        arguments = ["node", "--nats", server.url, "--cell", cell, "--server", "s1", "--data", str(data), "--log-json"]
         arguments += ["--workers", str(workers), "--memory", "500MB", "--dram", "500MB", "--context", "512"]
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(sys.executable, "-m", "bus.main", *arguments, stderr=output)

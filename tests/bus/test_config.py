@@ -292,3 +292,5 @@ def test_secrets_are_known_by_their_name() -> None:
     for path, secret in names.items():
         one = Field(path, "", str, "", "")
         assert one.secret is secret and (one.shown("hush") == "hush") is not secret
+    file = Field("gateway.api_keys", "", Path, None, "")
+    assert file.shown(Path("/keys")) == "/keys", "the name of a file is no secret"
