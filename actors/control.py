@@ -60,7 +60,10 @@ log = structlog.get_logger("longshore.control")
 
 
 class Control:
-    """One control process. `me` is its boot id. `run` lasts until something forbids it to go on."""
+    """One control process. `me` is its boot id. `run` lasts until something forbids it to go on.
+
+    `silent`: why it takes no part any more, where its program does not know the rules in force.
+    """
 
     def __init__(
         self,
@@ -77,10 +80,11 @@ class Control:
         self.subjects = Subjects(cell)
         self.tasks = Tasks()
         self.answering = Tasks()
+        self.silent = ""
         self.replica: Replica | None = None
         self.started = asyncio.Event()
         self.watch = Watch(bus, self.subjects, me, silence=silence)
-        self.intake = Intake(bus, self.subjects, me, self._cell, lambda: self.live)
+        self.intake = Intake(bus, self.subjects, me, self._cell, self._has_read_the_past)
         self._known_rules = known_rules
         self._empty = Cell(cell, known_rules)
         self._serving: list[asyncio.Task[None]] = []
@@ -95,6 +99,10 @@ class Control:
     @property
     def live(self) -> bool:
         """Whether the past is read: from here on this control takes part."""
+        return self._has_read_the_past() and not self.silent
+
+    def _has_read_the_past(self) -> bool:
+        """Whether what a client asks can be looked up; of what was taken before a control fell silent, too."""
         return self.replica is not None and self.replica.live
 
     def obstacles(self) -> list[str]:
@@ -114,7 +122,8 @@ class Control:
         try:
             await self._open()
             await self.tasks.wait()
-        except UnknownRules:
+        except UnknownRules as error:
+            self.silent = str(error)
             await self._stop()
             await self.leave()
             raise

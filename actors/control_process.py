@@ -121,14 +121,13 @@ async def _run_once(options: ControlOptions, ending: asyncio.Event, health: Heal
             snapshot_facts=options.snapshot_facts,
             known_rules=options.known_rules,
         )
-        standing = Standing(options.known_rules)
         service = Service(
             bus,
             control.subjects,
             me,
             control.intake.verbs,
             lambda: control.intake.counts,
-            lambda: standing.metadata(control),
+            lambda: _standing(control, options.known_rules),
         )
         for verb in VERBS:
             for subject in service.subjects_of(verb):
@@ -139,8 +138,7 @@ async def _run_once(options: ControlOptions, ending: asyncio.Event, health: Heal
         try:
             await _until(ending, control)
         except UnknownRules as error:
-            standing.silent = str(error)
-            health.reasons = lambda: [standing.silent]
+            health.reasons = lambda: [control.silent]
             log.error("silent", reason=str(error), me=me)
             await _stay_silent(bus, control, error, ending)
     finally:
@@ -161,22 +159,14 @@ async def _stay_silent(bus: JetStreamBus, control: Control, error: UnknownRules,
                 return
 
 
-class Standing:
-    """Where this control stands, for whoever asks who is there."""
-
-    def __init__(self, known_rules: tuple[int, ...]) -> None:
-        self.known_rules = known_rules
-        self.silent = ""
-
-    def metadata(self, control: Control) -> dict[str, str]:
-        """As a NATS micro service tells of itself: texts by name."""
-        state = "silent" if self.silent else "live" if control.live else "reading"
-        return {
-            "process": str(os.getpid()),
-            "state": state,
-            "reason": self.silent,
-            "known_rules": ",".join(map(str, self.known_rules)),
-        }
+def _standing(control: Control, known_rules: tuple[int, ...]) -> dict[str, str]:
+    """Where this control stands, for whoever asks who is there: texts by name, as a NATS micro service tells them."""
+    return {
+        "process": str(os.getpid()),
+        "state": "silent" if control.silent else "live" if control.live else "reading",
+        "reason": control.silent,
+        "known_rules": ",".join(map(str, known_rules)),
+    }
 
 
 async def _until(ending: asyncio.Event, control: Control) -> None:

@@ -32,7 +32,8 @@ class Options:
     """`disturb_every`: virtual seconds between disturbances, on average. `crash_at_record`: the chance that somebody
     dies as a record is stored; `crash_at` is the number of the one record (counted over both logs, 0 for none) whose
     publisher dies then, before or after it learns of it. `wobble`: engines whose tokens depend on the engine, as in
-    bf16. `removals`: how often the operator takes a model out. `snapshot_facts`: facts between two snapshots;
+    bf16. `removals`: how often the operator takes a model out. `upgrade`: all controls begin as old programs and are
+    replaced, the rules switched (chaos.upgrades). `snapshot_facts`: facts between two snapshots;
     `snapshot_trouble`: the chance that the writer of a piece dies, and that the disk loses a part of it.
     """
 
@@ -56,6 +57,7 @@ class Options:
     disturb_every: float = 1.0
     crash_at_record: float = 0.0
     removals: int = 0
+    upgrade: bool = False
     crash_at: int = 0
     crash_before_answer: bool = True
     snapshot_facts: int = 50
@@ -112,6 +114,7 @@ def draw(seed: int) -> Options:
         disturb_every=random.uniform(0.3, 2.5),
         crash_at_record=random.choice((0.0, 0.003, 0.01, 0.03)),
         removals=random.choice((0, 0, 0, 1, 3)),
+        upgrade=Random(f"upgrade {seed}").random() < 0.4,
         snapshot_facts=random.choice((4, 15, 60)),
         snapshot_trouble=random.choice((0.0, 0.0, 0.1, 0.4)),
     )
@@ -127,6 +130,7 @@ def calm(seed: int) -> Options:
         disturbances=(),
         crash_at_record=0.0,
         removals=0,
+        upgrade=False,
         wobble=False,
         snapshot_trouble=0.0,
     )

@@ -18,6 +18,7 @@ import msgspec
 from actors.control import Control
 from actors.driver import DriverShell
 from actors.readback import Difference
+from actors.rules import KNOWN_RULES, UnknownRules
 from actors.store_driver import StoreDriver
 from actors.worker_driver import WorkerDriver
 from bus.contract import Record
@@ -32,6 +33,7 @@ from chaos.operators import Operator
 from chaos.options import Options
 from chaos.processes import Process, WatchedBus
 from chaos.promises import Promise, Violations
+from chaos.upgrades import Upgrade
 
 CELL = "sim"
 QUIET_SECONDS = 120.0
@@ -69,6 +71,9 @@ class World:
         self.processes: list[Process] = []
         self.applications: list[Application] = []
         self.operator: Operator | None = None
+        self.upgrade = Upgrade(
+            seeded("upgrade", options.seed), options, self.server.bus("upgrade"), self.subjects, self.note
+        )
         self._say = say
         self._random = seeded("world", options.seed)
         self._snapshot_random = seeded("snapshots", options.seed)
@@ -106,6 +111,8 @@ class World:
             seeded("operator", self.options.seed), self.options, self._connect("operator"), CELL, self.note
         )
         readers.append(asyncio.ensure_future(self.operator.run(self._storages.values())))
+        controls = [process for process in self.processes if process.name.startswith("control-")]
+        readers.append(asyncio.ensure_future(self.upgrade.run(controls)))
         await asyncio.sleep(self.options.fault_seconds)
         self._calm_down()
         try:
@@ -156,15 +163,21 @@ class World:
         self.violation(promise, f"{life} ended with {type(error).__name__}: {error}")
 
     async def _control(self, bus: WatchedBus, life: str) -> None:
-        control = Control(bus, CELL, life, snapshot_facts=self.options.snapshot_facts)
         name = life.rpartition(".")[0]
+        known = self.upgrade.known_rules(name)
+        control = Control(bus, CELL, life, snapshot_facts=self.options.snapshot_facts, known_rules=known)
         self.controls[name] = control
         self._boots[life] = self._named(name)
         try:
             await control.run()
+        except UnknownRules as error:
+            if known == KNOWN_RULES:
+                raise
+            self.note(f"{life} is silent: {error}")
         finally:
             if self.controls.get(name) is control:
                 del self.controls[name]
+        await asyncio.get_running_loop().create_future()
 
     def _store(self, server: str, storage: SimulatedStorage) -> Callable[[WatchedBus, str], Any]:
         async def main(bus: WatchedBus, life: str) -> None:
@@ -330,6 +343,8 @@ class World:
             return f"{len(reading)} answers are not read to their end: {', '.join(reading[:5])}"
         if self.operator is not None and not self.operator.done:
             return "the operator has not done everything yet"
+        if not self.upgrade.done:
+            return "the upgrade is not over yet"
         last = self.server.ledger.last_sequence
         if len(self.controls) < self.options.controls:
             return f"{len(self.controls)} of {self.options.controls} controls are up"
@@ -351,6 +366,6 @@ class World:
         while True:
             await asyncio.sleep(SAMPLE_SECONDS)
             for name, control in self.controls.items():
-                if control.replica is not None:
+                if control.replica is not None and not control.silent:
                     cell = control.replica.cell
                     self.samples.append(Sample(name, cell.position, cell.digest()))

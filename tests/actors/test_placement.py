@@ -109,6 +109,35 @@ def stops(said: list[To]) -> list[tuple[str, str]]:
     return [(to.receiver, to.message.model) for to in said if isinstance(to.message, StopInstance)]
 
 
+# ---- rule versions ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rules", "second", "third", "fourth"), [(1, 0, 0, 0), (2, 1, 0, 1)])
+def test_of_places_that_are_equally_soon_version_2_takes_the_device_with_the_least_to_do(
+    rules: int, second: int, third: int, fourth: int
+) -> None:
+    table = Table()
+    table.actor.rules = rules
+    table.server("s", *(HeldModel(card(model), "dram") for model in "abcd"))
+    for index in range(2):
+        table.worker(f"gpu/s/{index}", memory=400, slots=2)
+    assert starts(table.ask("a1", "a")) == [("gpu/s/0", "a", ())]
+    said = table.ask("b1", "b")  # gpu/s/0 will have a1
+    assert starts(said) == [(f"gpu/s/{second}", "b", ())]
+    decided = next(to.message for to in said if isinstance(to.message, PlacementDecided))
+    assert [one.busy for one in decided.candidates] == ([0, 1] if rules == 2 else [0, 0])
+    table.ready("a", "gpu/s/0", slots=2)
+    table.ready("b", f"gpu/s/{second}", slots=2)
+    assert starts(table.ask("c1", "c")) == [(f"gpu/s/{third}", "c", ())], "one sequence and one instance on each"
+    table.ready("c", f"gpu/s/{third}", slots=2)
+    table.release("a1", "a")
+    table.release("c1", "c")
+    table.ask("b2", "b")
+    table.release("b1", "b")
+    table.release("b2", "b")
+    assert starts(table.ask("d1", "d")) == [(f"gpu/s/{fourth}", "d", ())], "both are idle: one holds two instances"
+
+
 # ---- slots and queues -------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from actors.cell import Cell, Step
 from actors.gpu import GpuState
 from actors.placement_state import PlacementState
 from actors.requests import RequestsState
+from actors.rules import KNOWN_RULES
 from actors.store import StoreState
 from bus.contract import Record
 from bus.messages import (
@@ -55,6 +56,7 @@ from bus.messages import (
     RequestAccepted,
     RequestEnded,
     RequestsConfigured,
+    RulesActivated,
     SaidEnvelope,
     SealedSequence,
     SealTokens,
@@ -651,7 +653,7 @@ class World(Bench):
     def operate(self) -> None:
         tape = self.tape
         model = self.models[tape.pick(len(self.models))]
-        match tape.pick(6):
+        match tape.pick(8):
             case 0 | 1 | 5:
                 for driver in self.drivers:
                     if isinstance(driver, StoreDriver) and tape.pick(3):
@@ -661,6 +663,8 @@ class World(Bench):
                 self.alone("placement", ModelRemoved(model), "operator")
             case 3:
                 self.alone("placement", PlacementConfigured(1 + tape.pick(40)), "operator")
+            case 6 | 7:
+                self.alone("cell", RulesActivated(KNOWN_RULES[tape.pick(len(KNOWN_RULES))]), "operator")
             case _:
                 configured = RequestsConfigured(1 + tape.pick(250) * 20, 1 + tape.pick(4))
                 self.alone("requests", configured, "operator")

@@ -412,6 +412,30 @@ async def test_a_queue_group_takes_each_message_once(world: World) -> None:
             task.cancel()
 
 
+async def test_a_drained_subscription_gives_what_it_was_handed_and_leaves_the_rest_to_others(world: World) -> None:
+    async with world.running():
+        client, one, two = await world.bus(), await world.bus(), await world.bus()
+        leaving = await one.subscribe("work", queue="crew")
+        staying = await two.subscribe("work", queue="crew")
+        sent = 0
+        drained = asyncio.ensure_future(leaving.drain())
+        while not drained.done():
+            await client.publish("work", b"%d" % sent)
+            sent += 1
+            await asyncio.sleep(0)
+        for _ in range(10):
+            await client.publish("work", b"%d" % sent)
+            sent += 1
+        got = []
+        with pytest.raises(BusError):
+            while True:
+                got.append((await leaving.next()).payload)
+        while len(got) < sent:
+            async with asyncio.timeout(10):
+                got.append((await staying.next()).payload)
+        assert sorted(got, key=int) == [b"%d" % number for number in range(sent)]
+
+
 async def test_a_subject_of_the_ledger_answers_with_its_acknowledgement(world: World) -> None:
     async with world.running():
         bus = await world.bus()

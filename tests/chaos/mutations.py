@@ -11,6 +11,8 @@ from unittest import mock
 import msgspec
 
 from actors import control, driver_core, replica, token_writer
+from actors.cell import Cell, Step
+from actors.rules import KNOWN_RULES
 from bus.contract import Appended, Bus, Record
 from bus.memory_stream import MemoryStream
 from bus.messages import FactEnvelope, SealTokens, SequencesSealed, encode, kind_of
@@ -98,3 +100,21 @@ def pages_are_not_awaited() -> Iterator[None]:
 
     with mock.patch.object(token_writer.TokenWriter, "append", append):
         yield
+
+
+def old_programs_go_on() -> contextlib.AbstractContextManager[Any]:
+    """A control that does not know the rules in force decides by those that it knows."""
+    original = Cell.take
+
+    def take(self: Cell, record: Record) -> list[Step]:
+        known, self.known_rules = self.known_rules, KNOWN_RULES
+        try:
+            return original(self, record)
+        finally:
+            self.known_rules = known
+            if self.rules not in known:
+                self.rules = known[-1]
+                for actor in self.actors.values():
+                    actor.rules = self.rules
+
+    return mock.patch.object(Cell, "take", take)

@@ -20,6 +20,8 @@ SEEDS = range(16)
 FROZEN = {"disturbances": ("freeze",), "disturb_every": 0.2, "requests": 60, "odds": Odds()}
 DYING = {"disturbances": ("crash",), "disturb_every": 0.5, "odds": Odds()}
 LOSSY = {"disturbances": (), "odds": Odds(append_lost=0.05)}
+UPGRADE = {"upgrade": True, "controls": 2, "servers": 2, "workers": 2, "memory_bytes": 1 << 20, "dram_bytes": 1 << 20,
+           "requests": 60, "crash_at_record": 0.0, "odds": Odds()}  # fmt: skip
 CALM: dict[str, Any] = {"disturbances": (), "odds": Odds()}
 
 
@@ -32,6 +34,7 @@ CALM: dict[str, Any] = {"disturbances": (), "odds": Odds()}
         (mutations.nobody_rescues, Promise.ENDED_ONCE, CALM),
         (mutations.writers_are_not_fenced, Promise.SEALED, FROZEN),
         (mutations.pages_are_not_awaited, Promise.DURABLE_FIRST, CALM),
+        (mutations.old_programs_go_on, Promise.REPLICAS_AGREE, UPGRADE),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
