@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from actors.admission import EngineExaminer
 from actors.cli import DEFAULT_DATA, DataOption
 from bus.contract import BusError
 from bus.errors import UserError
@@ -60,7 +61,13 @@ async def add(
         raise UserError(
             f"the data directory {data} cannot be used: {error.strerror}; name another with --data"
         ) from None
-    manifest = await asyncio.to_thread(pack_checkpoint, directory, destination, progress=_progress(name, json))
+    manifest = await asyncio.to_thread(
+        pack_checkpoint,
+        directory,
+        destination,
+        progress=_progress(name, json),
+        examiner=EngineExaminer(directory),
+    )
     told = await _tell(nats, cell, name, manifest.digest)
     if json:
         print(json_module.dumps({"model": name, "bytes": manifest.bytes, "digest": manifest.digest, "served": told}))
@@ -68,6 +75,25 @@ async def add(
         where = f"cell {cell} serves it" if told else f"no cell {cell} at {nats}: it is found when one starts on {data}"
         millions = manifest.parameters / 1e6
         print(f"packed {name}: {manifest.architecture}, {millions:.1f} million parameters, {manifest.dtype}; {where}")
+
+
+def pack(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face directory: config.json, tokenizer, weights.")],
+    destination: Annotated[
+        Path, typer.Argument(help="The packed directory; an older packed checkpoint there is replaced.")
+    ],
+    json: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON object.")] = False,
+) -> None:
+    """Pack a Hugging Face checkpoint, so that it loads at the speed of the hardware.
+
+    All or nothing: whatever interrupts it, the destination holds the old checkpoint or the new one. What the engine
+    cannot run is refused.
+
+    Example: longshore pack ~/models/Qwen3-0.6B ~/packed/qwen3
+    """
+    from loaders.cli import pack_and_tell
+
+    pack_and_tell(source, destination, json, EngineExaminer(source))
 
 
 def _progress(name: str, hidden: bool) -> Callable[[int, int], None] | None:

@@ -1,4 +1,6 @@
-"""`longshore pack` and `longshore verify`. What is heavy is imported when a command runs, so that `--help` is quick."""
+"""`longshore verify`, and the half of `longshore pack` that knows nothing of engines. What is heavy is imported when a
+command runs, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +8,23 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+if TYPE_CHECKING:
+    from loaders.conversion import Examiner
 
-def pack(
-    source: Annotated[Path, typer.Argument(help="A Hugging Face directory: config.json, tokenizer, safetensors.")],
-    destination: Annotated[
-        Path, typer.Argument(help="The packed directory; an older packed checkpoint there is replaced.")
-    ],
-    json: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON object.")] = False,
-) -> None:
-    """Pack a Hugging Face checkpoint, so that it loads at the speed of the hardware.
 
-    All or nothing: whatever interrupts it, the destination holds the old checkpoint or the new one.
-
-    Example: longshore pack ~/models/Qwen3-0.6B ~/packed/qwen3
-    """
+def pack_and_tell(source: Path, destination: Path, json: bool, examiner: Examiner | None = None) -> None:
+    """What `longshore pack` does: packs, and says in one line what came of it."""
     import msgspec
 
     from loaders import CheckpointError, pack_checkpoint
 
     try:
         with _progress(f"Packing {source.name}", hidden=json) as report:
-            manifest = pack_checkpoint(source, destination, progress=report)
+            manifest = pack_checkpoint(source, destination, progress=report, examiner=examiner)
     except CheckpointError as error:
         _fail(str(error), json)
     if json:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -46,9 +46,19 @@ class ModuleState:
     """It has no language-model head: it makes embeddings only."""
 
 
-def load_module_state(source: SourceCheckpoint) -> ModuleState:
+class Examiner(Protocol):
+    """Whoever will run a decoder says here whether it can, before anything is written; raises CheckpointError."""
+
+    def configuration(self, config: Any) -> None:
+        """Asked before the weights are read."""
+
+    def module(self, model: Any) -> None:
+        """Asked with the weights in place."""
+
+
+def load_module_state(source: SourceCheckpoint, examiner: Examiner | None = None) -> ModuleState:
     """Loads the whole model into memory, in the dtype it is stored in. CheckpointError if anything is missing or left
-    over.
+    over, or if `examiner` refuses the model.
     """
     encoder = check_architecture(source)
     dtype = _MODULE_DTYPES.get(source.main_dtype)
@@ -59,9 +69,13 @@ def load_module_state(source: SourceCheckpoint) -> ModuleState:
         )
     _check_memory(source)
     with quiet_transformers():
-        _check_config(source.directory)
+        config = _check_config(source.directory)
         _check_tokenizer(source.directory)
+        if examiner and not encoder:
+            examiner.configuration(config)
         model = _load(source.directory, dtype, encoder=encoder)
+        if examiner and not encoder:
+            examiner.module(model)
         state = _state_of(model, source.directory)
         probe = probe_forward(model.config, dtype, builder=_builder(encoder))
         order = [name for name in probe.order if name in state]
@@ -205,10 +219,10 @@ def _leave_out_heads(model: Any, found: dict[str, Any]) -> None:
         found["missing_keys"] = [key for key in found["missing_keys"] if not key.startswith("pooler.")]
 
 
-def _check_config(directory: Path) -> None:
+def _check_config(directory: Path) -> Any:
     """Separately and first, so that a broken config.json is not blamed on the tokenizer, which reads it too."""
     try:
-        transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         where = directory / "config.json"
         raise CheckpointError(f"{where}: transformers cannot use it: {_one_line(error)}") from error

@@ -30,7 +30,7 @@ from loaders.source import inspect_source, read_companions
 if TYPE_CHECKING:
     import torch
 
-    from loaders.conversion import ModuleState
+    from loaders.conversion import Examiner, ModuleState
 
 # Writes are aligned in the file to this, because the page cache then builds huge pages while it takes them (measured
 # on ext4, Linux 6.18).
@@ -43,9 +43,10 @@ def pack_checkpoint(
     *,
     progress: Callable[[int, int], None] | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    examiner: Examiner | None = None,
 ) -> Manifest:
     """Packs the Hugging Face directory `source` into the directory `destination`, and replaces a packed checkpoint
-    there.
+    there; `examiner` says whether what will run it can.
 
     Loads the whole model into memory once. `progress(bytes written, bytes in all)` is called from this thread. The
     same source gives the same bytes. A crash at any moment leaves the old destination or the new one. Raises
@@ -62,7 +63,7 @@ def pack_checkpoint(
     # Not at the top: it brings torch and transformers, and most refusals do not need them.
     from loaders.conversion import load_module_state
 
-    state = load_module_state(found)
+    state = load_module_state(found, examiner)
     records = arrange([_shape_of(name, tensor) for name, tensor in state.tensors.items()])
     data_bytes = records[-1].end
     chunks = -(-data_bytes // chunk_bytes)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from models.errors import ModelError
 from models.slot_cache import LayerShape
 
 DEFAULT_CONTEXT_AT_MOST = 4096
+WITHOUT_CACHE = "dummy"
+"""What transformers calls a layer that caches nothing: it attends to what another one cached, or not at all."""
+_SOUND_AND_VISION = ("vision_config", "audio_config", "audio_encoder_config", "vq_config")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +46,26 @@ def describe(model: Any) -> Architecture:
     """The architecture of a causal language model of transformers; raises ModelError where the engine cannot run it."""
     config = model.config.get_text_config(decoder=True)
     name = type(model).__name__
+    both_ways = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or config.model_type == "bert-generation"
+    if both_ways and not getattr(config, "is_decoder", True):
+        raise ModelError(f"{name} attends in both directions: it makes embeddings, not answers.")
+    alien = [part for part in _SOUND_AND_VISION if part in type(model.config).sub_configs]
+    if alien and (type(model.config) is type(config) or _has_part(model, alien)):
+        raise ModelError(f"{name} is made for images or sound, which the engine does not run: take its text part.")
     takes = inspect.signature(model.forward).parameters
     for needed in ("position_ids", "past_key_values", "attention_mask", "logits_to_keep"):
         if needed not in takes:
             raise ModelError(f"{name} does not take {needed}, which continuous batching needs: choose another model.")
+    if getattr(config, "alibi", False) or "local" in getattr(config, "attention_layers", ()):
+        raise ModelError(
+            f"{name} takes the distance of tokens from their place in the batch (ALiBi, local attention), and in "
+            "continuous batching rows stand at different places: choose another model."
+        )
     types, arguments = get_layer_types_and_kwargs(config)
     kinds: dict[str, AttentionKind] = {}
     for kind, argument in zip(types, arguments, strict=True):
+        if kind == WITHOUT_CACHE:
+            continue
         if kind == "full_attention":
             found = AttentionKind(kind)
         elif kind == "sliding_attention":
@@ -55,11 +74,14 @@ def describe(model: Any) -> Architecture:
             found = AttentionKind(kind, chunk=int(argument["sliding_window"]))
         else:
             raise ModelError(
-                f"{name} has layers of kind {kind!r}, which the engine does not run: choose another model."
+                f"{name} has layers of kind {kind!r}, which keep more than keys and values, and the engine does not "
+                "run those: choose another model."
             )
         if kinds.setdefault(kind, found) != found:
             raise ModelError(f"{name} has {kind} layers of several widths, which the engine does not run.")
-    layers = tuple(_layer_shape(layer) for layer in config.per_layer_config)
+    if not kinds:
+        raise ModelError(f"{name} has no layer that attends, and the engine does not run it: choose another model.")
+    layers = tuple(_layer_shape(layer, kind) for layer, kind in zip(config.per_layer_config, types, strict=True))
     return Architecture(layers, tuple(kinds.values()), _longest_context(config, name))
 
 
@@ -78,11 +100,34 @@ def describe_encoder(model: Any) -> int:
     return longest if padding is None else longest - int(padding) - 1
 
 
-def _layer_shape(config: PretrainedConfig) -> LayerShape:
+def choose_experts(model: Any) -> None:
+    """Have a mixture of experts computed in a way that knows the model's numbers: grouped products know no float64."""
+    if model.dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+
+
+def _has_part(model: Any, names: Sequence[str]) -> bool:
+    """Whether the model itself holds a part of these, beside the text."""
+    own = {id(type(getattr(model.config, name))) for name in names if getattr(model.config, name, None) is not None}
+    return any(id(type(getattr(module, "config", None))) in own for module in model.modules())
+
+
+def _layer_shape(config: PretrainedConfig, kind: str) -> LayerShape:
+    """What a layer caches, as its configuration says; `SlotLayer` finds out when it is something else."""
+    if kind == WITHOUT_CACHE:
+        return LayerShape(0, 0, 0)
+    if rank := getattr(config, "kv_lora_rank", None):  # latent attention: compressed keys, and the part with positions
+        return LayerShape(1, int(rank), int(config.qk_rope_head_dim))
     attention_heads = int(config.num_attention_heads)
     heads = int(getattr(config, "num_key_value_heads", None) or attention_heads)
+    if getattr(config, "new_decoder_architecture", False):  # Falcon spreads its few heads before it caches them
+        heads = attention_heads
+    elif getattr(config, "multi_query", False):
+        heads = 1
+    if config.model_type == "mimo_v2_flash" and kind == "sliding_attention":
+        heads *= 2
     dim = int(getattr(config, "head_dim", None) or config.hidden_size // attention_heads)
-    return LayerShape(heads, dim, dim)
+    return LayerShape(heads, dim, int(getattr(config, "v_head_dim", None) or dim))
 
 
 def _longest_context(config: PretrainedConfig, name: str) -> int:

@@ -30,7 +30,10 @@ def sample(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; must be empty or not exist.")],
     arch: Annotated[
         str,
-        typer.Option(help="llama, mistral, mixtral, qwen2, qwen3, gemma2, gpt2, opt; encoders: bert, roberta."),
+        typer.Option(
+            help="llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, gemma, gemma2, gemma3, gpt2, gpt_neox, opt, phi; "
+            "encoders: bert, roberta."
+        ),
     ] = "llama",
     size: Annotated[str, typer.Option(help="About how many parameters: 400K, 60M, 1.1B.")] = "60M",
     seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 7,

@@ -19,7 +19,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from models.architecture import DEFAULT_CONTEXT_AT_MOST, describe, describe_encoder
+from models.architecture import DEFAULT_CONTEXT_AT_MOST, choose_experts, describe, describe_encoder
 from models.contract import Engine, Sampling
 from models.detokenizer import Decode
 from models.embedding import Embedder, EmbeddingEngine
@@ -162,8 +162,7 @@ def load_model(
         if wanted is not None:
             tensors = {name: t.to(wanted) if t.is_floating_point() else t for name, t in tensors.items()}
         model = assemble(config, tensors, torch.device(device), encoder=encoder)
-    if model.dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # grouped products know no float64
+    choose_experts(model)
     return model
 
 

@@ -73,6 +73,34 @@ def _mixtral(shape: _Shape) -> dict[str, Any]:
     return _llama_like(shape) | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
 
 
+def _qwen3_moe(shape: _Shape) -> dict[str, Any]:
+    return _llama_like(shape) | {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": shape.inner,
+        "decoder_sparse_step": 1,
+    }
+
+
+def _gemma3(shape: _Shape) -> dict[str, Any]:
+    # Every second layer sees a window, so that two layers show both kinds.
+    kinds = ["sliding_attention" if layer % 2 == 0 else "full_attention" for layer in range(shape.layers)]
+    return _llama_like(shape) | {"layer_types": kinds, "query_pre_attn_scalar": shape.width // shape.heads}
+
+
+def _neox(shape: _Shape) -> dict[str, Any]:
+    return {
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.inner,
+    }
+
+
+def _phi(shape: _Shape) -> dict[str, Any]:
+    return _neox(shape) | {"num_key_value_heads": shape.kv_heads}
+
+
 def _gpt2(shape: _Shape) -> dict[str, Any]:
     return {"n_embd": shape.width, "n_layer": shape.layers, "n_head": shape.heads, "n_inner": shape.inner}
 
@@ -94,11 +122,18 @@ _ARCHITECTURES: dict[str, tuple[Callable[[_Shape], dict[str, Any]], bool]] = {
     "mixtral": (_mixtral, False),
     "qwen2": (_llama_like, True),
     "qwen3": (_llama_like, True),
+    "qwen3_moe": (_qwen3_moe, False),
     # With random weights a tied Gemma says its last token for ever: the embeddings are scaled up.
+    "gemma": (_llama_like, False),
     "gemma2": (_llama_like, False),
+    "gemma3": (_gemma3, False),
     "gpt2": (_gpt2, True),
+    "gpt_neox": (_neox, False),
     "opt": (_opt, True),
+    "phi": (_phi, False),
 }
+# The text part of a family whose plain name is that of a model for images, too.
+_MODEL_TYPES = {"gemma3": "gemma3_text"}
 ARCHITECTURES = tuple(_ARCHITECTURES)
 
 
@@ -141,7 +176,7 @@ def make_sample(
     }
 
     def configure(shape: _Shape) -> PretrainedConfig:
-        return CONFIG_MAPPING[arch](**common | settings(shape) | (overrides or {}))
+        return CONFIG_MAPPING[_MODEL_TYPES.get(arch, arch)](**common | settings(shape) | (overrides or {}))
 
     shape = _fit(configure, parameters)
     config = configure(shape)

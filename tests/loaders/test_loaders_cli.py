@@ -10,10 +10,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from actors import model_cli
 from loaders import Manifest, cli
 
 application = typer.Typer()
-application.command()(cli.pack)
+application.command()(model_cli.pack)
 application.command()(cli.verify)
 
 

@@ -31,7 +31,7 @@ def quick_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: dict[Path, conversion.ModuleState] = {}
     real = conversion.load_module_state
 
-    def load(source: SourceCheckpoint) -> conversion.ModuleState:
+    def load(source: SourceCheckpoint, examiner: conversion.Examiner | None = None) -> conversion.ModuleState:
         if source.directory not in loaded:
             loaded[source.directory] = real(source)
         return loaded[source.directory]

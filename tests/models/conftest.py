@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from models.sample import make_sample
 
-SIZES = {"gpt2": 1_000_000, "opt": 1_000_000, "llama": 1_500_000, "mixtral": 2_000_000}
+SIZES = {"opt": 1_000_000, "gpt2": 1_000_000, "llama": 1_500_000, "mixtral": 2_000_000}
 
 MakeSample = Callable[..., Path]
 
@@ -31,7 +31,7 @@ def sample_directory(tmp_path_factory: pytest.TempPathFactory) -> MakeSample:
         key = repr((arch, dtype, sorted(overrides.items())))
         if key not in made:
             directory = tmp_path_factory.mktemp(arch) / "sample"
-            size = SIZES.get(arch, 1_000_000)
+            size = SIZES.get(arch, 500_000)
             make_sample(directory, arch=arch, parameters=size, seed=1, dtype=dtype, context=256, overrides=overrides)
             made[key] = directory
         return made[key]

@@ -19,16 +19,18 @@ ANSWER = 32
 class Loaded:
     """One model of transformers, from which any number of engines and reference answers are made."""
 
-    def __init__(self, directory: Path) -> None:
-        self.model = load_model(directory, None)
+    def __init__(self, source: Any) -> None:
+        """From a directory, or from a model itself."""
+        self.model = load_model(source, None) if isinstance(source, Path) else source
         self.model.generation_config.eos_token_id = None
         self.vocabulary = self.model.config.vocab_size
+        self.architecture = describe(self.model)
         self._answers: dict[tuple[int, ...], list[int]] = {}
 
     def engine(self, **settings: Any) -> SlotEngine:
         """An engine of four slots and a context of 256; tokens read as " <id>"."""
         settings = {"kv_bytes": 2**40, "context": 256, "max_slots": 4, "prefill_chunk": 16, "eos": ()} | settings
-        return SlotEngine(self.model, describe(self.model), _decode, **settings)
+        return SlotEngine(self.model, self.architecture, _decode, **settings)
 
     def prompts(self, seed: int, count: int, longest: int = 70) -> list[tuple[int, ...]]:
         """Random prompts of 1 to `longest` tokens."""

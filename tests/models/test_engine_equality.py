@@ -1,6 +1,7 @@
 """Greedy output equals `generate`: alone, and while others join and leave. In float64, where numerics cannot excuse a
 difference; and in float32 with fixed seeds. The samples answer with many distinct tokens, otherwise nothing would show;
-that the comparison can fail is shown by two engines that are wrong on purpose."""
+that the comparison can fail is shown by two engines that are wrong on purpose. Windows, and all other architectures:
+test_architectures.py."""
 
 from __future__ import annotations
 
@@ -57,23 +58,6 @@ def test_equals_generate_in_float32(loaded, arch):
     prompts = model.prompts(seed=5, count=4)
     answers = run_with_traffic(model.engine(), prompts, seed=6)
     assert [answers[f"watched-{index}"] for index in range(len(prompts))] == [model.reference(p) for p in prompts]
-
-
-@pytest.mark.parametrize(
-    ("arch", "overrides"),
-    [
-        ("mistral", {"sliding_window": 20}),
-        ("gemma2", {"sliding_window": 20}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}),
-    ],
-)
-def test_windows_shorter_than_the_context(loaded, arch, overrides):
-    model = loaded(arch, **overrides)
-    prompts = [prompt for prompt in model.prompts(seed=8, count=8) if len(prompt) > 22][:2]
-    answers = run_with_traffic(model.engine(), prompts, seed=9)
-    assert [answers[f"watched-{index}"] for index in range(len(prompts))] == [model.reference(p) for p in prompts]
-    wide = loaded(arch)
-    assert [wide.reference(prompt) for prompt in prompts] != [model.reference(prompt) for prompt in prompts]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
