@@ -123,7 +123,7 @@ def config_of(kind, **more):
     [
         ("bloom", {}, "does not take position_ids"),
         ("mamba", {}, "does not take position_ids"),
-        ("bert", {}, "attends in both directions"),
+        ("bert", {"architectures": ["BertLMHeadModel"]}, "attends in both directions"),
         (
             "olmo_hybrid",
             {"num_hidden_layers": 4},
