@@ -1,4 +1,4 @@
-"""`longshore bench bus | replay`: figures of this room, each as a table and as JSON."""
+"""`longshore bench bus | replay | restart`: figures of this room, each as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -94,3 +94,41 @@ async def _bench_bus(rate: float, seconds: float, max_tokens: int, real: bool) -
         found = await bench_real(fsync=True, seconds=seconds, max_tokens=max_tokens, parameters=8_000_000)
         settings["real engine, 8 million parameters, fsync always"] = found
     return {"rate": rate, "fsync_ms": await probe_fsync(), "settings": settings, "python": platform.python_version()}
+
+
+def bench_restart(
+    messages: Annotated[int, typer.Option(min=1000, help="Messages in the ledger before the snapshot.")] = 1_000_000,
+    rounds: Annotated[int, typer.Option(min=1, max=20, help="Starts from the snapshot; the median counts.")] = 5,
+    json: JsonOption = False,
+) -> None:
+    """How long a control takes to start behind a long ledger: from its beginning, and from a snapshot with the longest
+    tail that a running cell leaves behind one.
+
+    Example: longshore bench restart --messages 100000
+    """
+    import uvloop
+    from rich.console import Console
+
+    from actors.bench_restart import bench_restart as measure
+    from bus.contract import BusError
+
+    console = Console(stderr=True, highlight=False)
+    try:
+        found = uvloop.run(measure(messages, rounds, console.print))
+    except BusError as error:
+        raise Failure(str(error)) from None
+    found |= {"python": platform.python_version(), "reach": {"start_seconds": 5.0}}
+    if json:
+        print(json_module.dumps(found))
+        return
+    from rich.table import Table
+
+    table = Table("start of a control", "seconds", "reach", title="bench restart")
+    table.add_row("of an empty cell", f"{found['empty_start_seconds']}", "-")
+    table.add_row(f"from the beginning of {found['messages']:,} messages", f"{found['from_beginning_seconds']}", "-")
+    what = f"from a snapshot of {found['snapshot_bytes'] / 1e6:.1f} MB, {found['tail_messages']:,} messages behind it"
+    spread = f"{found['start_seconds']} ({found['min_start_seconds']} to {found['max_start_seconds']})"
+    table.add_row(what, spread, "5")
+    Console().print(table)
+    size = f"{found['captured_bytes'] / 1e6:.1f} MB"
+    print(f"to take a snapshot of {size}, a control stops for {found['capture_pause_ms']} ms")

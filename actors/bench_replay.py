@@ -94,10 +94,11 @@ class ScriptedLedger:
         """Drivers answer all effects, in order."""
         while self._effects:
             driver, number, effect = self._effects.popleft()
-            self.state(driver, _answer(effect), driver, number)
+            self.state(driver, scripted_answer(effect), driver, number)
 
 
-def _answer(effect: Message) -> Message:
+def scripted_answer(effect: Message) -> Message:
+    """What a driver without a model says when it has done what it was told."""
     if isinstance(effect, LoadModel):
         return ModelLoaded(effect.model, 4 * GIB, 2_000_000_000)
     if isinstance(effect, EvictModel):

@@ -63,7 +63,7 @@ CHECKPOINT_BYTES = 64 * 1024 * 1024
 
 TIMER_BYTES = 64
 
-_DIGEST_BYTES = 32
+_LENGTH_BYTES = 8
 
 SKIPPED_REMEMBERED = 10_000
 """Requests known to have ended by a skipped step; the oldest is forgotten first."""
@@ -120,13 +120,17 @@ class Memory(msgspec.Struct):
 
 
 class Snapshot(msgspec.Struct):
-    """The whole cell at a ledger position. As bytes, the SHA-256 of the rest stands before it."""
+    """The whole cell at a ledger position. `actors`: the bytes of each one's state, which follow in this order."""
 
     position: int
     now: int
     facts: int
     order: OrderState
-    memory: Memory
+    links: dict[str, DriverLink]
+    timers: dict[str, OpenTimer]
+    skipped_requests: dict[str, str]
+    rules: int
+    actors: dict[str, int]
 
 
 _ANSWER_KINDS = {kind_of(effect): tuple(kind_of(a) for a in answers) for effect, answers in ANSWERS.items()}
@@ -406,36 +410,56 @@ class Cell:
 
     def snapshot(self) -> bytes:
         """The whole cell as bytes; the caller knows that every output up to `position` was read back."""
-        snapshot = Snapshot(
-            position=self.position,
-            now=self.now,
-            facts=self.facts,
-            order=self.order.state,
-            memory=self._remember(),
+        return b"".join(self._parts(self._remember()))
+
+    def capture(self) -> list[bytes]:
+        """The parts of a snapshot, uncopied. It is a checkpoint as well, so that it costs what one costs anyway."""
+        self._keep()
+        return self._parts(self._checkpoint)
+
+    def _parts(self, memory: Memory) -> list[bytes]:
+        actors = {name: bytes(raw) for name, raw in memory.actors.items()}
+        head = _pack.encode(
+            Snapshot(
+                position=self.position,
+                now=self.now,
+                facts=self.facts,
+                order=self.order.state,
+                links=memory.links,
+                timers=memory.timers,
+                skipped_requests=memory.skipped_requests,
+                rules=memory.rules,
+                actors={name: len(raw) for name, raw in actors.items()},
+            )
         )
-        body = _pack.encode(snapshot)
-        return hashlib.sha256(body).digest() + body
+        return [len(head).to_bytes(_LENGTH_BYTES, "little"), head, *actors.values()]
 
     @classmethod
     def restored(cls, name: str, data: bytes, known_rules: tuple[int, ...] = KNOWN_RULES) -> Cell:
-        """A cell that goes on from a snapshot. Raises ValueError where the bytes are not one, or not whole.
+        """A cell that goes on from a snapshot. Raises ValueError where the bytes are not one that this code can read.
 
-        A state that this code cannot read is no snapshot either. Raises `UnknownRules` for a rule version not known.
+        That they are those that were written is for the caller to know. Raises `UnknownRules` for a rule version that
+        is not known.
         """
-        digest, body = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
-        if hashlib.sha256(body).digest() != digest:
-            raise ValueError("not a snapshot of a cell: its hash does not fit its content")
         cell = cls(name, known_rules)
+        at = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
         try:
-            snapshot = msgspec.msgpack.decode(body, type=Snapshot)
-            if snapshot.memory.rules not in known_rules:
-                raise UnknownRules(snapshot.memory.rules, snapshot.position, known_rules)
+            snapshot = msgspec.msgpack.decode(data[_LENGTH_BYTES:at], type=Snapshot)
+            if snapshot.rules not in known_rules:
+                raise UnknownRules(snapshot.rules, snapshot.position, known_rules)
+            actors = {}
+            for actor, length in snapshot.actors.items():
+                actors[actor] = msgspec.Raw(data[at : at + length])
+                at += length
+            if at != len(data):
+                raise ValueError(f"it has {len(data)} bytes instead of {at}")
+            memory = Memory(actors, snapshot.links, snapshot.timers, snapshot.skipped_requests, snapshot.rules)
             cell.position, cell.now, cell.facts = snapshot.position, snapshot.now, snapshot.facts
             cell.order = FactOrder(snapshot.order)
-            cell._recall(snapshot.memory)
+            cell._recall(memory)
         except (msgspec.DecodeError, ValueError, StepError) as error:
             raise ValueError(f"not a snapshot of a cell: {error}") from None
-        cell._checkpoint = snapshot.memory
+        cell._checkpoint = memory
         return cell
 
     def digest(self) -> str:

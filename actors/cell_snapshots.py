@@ -11,6 +11,7 @@ reads from the ledger's beginning.
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from bus.subjects import Subjects
 
 SNAPSHOT_FACTS = 5000
 """Facts between two snapshots, at the least; more as the state grows, so that the bytes per fact stay the same."""
-BYTES_PER_FACT = 500
+BYTES_PER_FACT = 2000
 SNAPSHOT_BYTES = 64 * 1024 * 1024
 """Bytes of the ledger between two snapshots, at the most where the state is small: prompts may be large."""
 STANDBY_FACTOR = 2
@@ -48,16 +49,19 @@ class NoBeginning(UserError):
     exit_code = 3
 
 
-class StoredCell(msgspec.Struct, omit_defaults=True):
-    """The bytes of a stored snapshot. `lately` is what `Unshown` has noted, `seals` the orders that are open."""
+class Beside(msgspec.Struct, omit_defaults=True):
+    """What a stored snapshot holds beside the cell, and before it, with its length (4 bytes, little endian).
 
-    cell: bytes
+    `lately` is what `Unshown` has noted, `seals` the orders that are open.
+    """
+
     accepted: list[tuple[int, int]] = []
     lately: list[tuple[int, bytes]] = []
     seals: list[bytes] = []
 
 
-_stored = msgspec.msgpack.Decoder(StoredCell)
+_beside = msgspec.msgpack.Decoder(Beside)
+_LENGTH_BYTES = 4
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -71,18 +75,32 @@ class Start(NamedTuple):
     snapshot: Manifest | None
 
 
+def stored_parts(beside: Beside, cell: list[bytes]) -> list[bytes]:
+    """The bytes of a stored snapshot, in parts."""
+    head = _encode(beside)
+    return [len(head).to_bytes(_LENGTH_BYTES, "little"), head, *cell]
+
+
 def decode_stored(
     cell: str, body: bytes, manifest: Manifest | None, known_rules: tuple[int, ...] = KNOWN_RULES
 ) -> Start:
     """Raises ValueError where the bytes are no stored cell, and `UnknownRules`."""
     try:
-        stored = _stored.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+        at = _LENGTH_BYTES + int.from_bytes(body[:_LENGTH_BYTES], "little")
+        beside = _beside.decode(body[_LENGTH_BYTES:at])
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ValueError(f"not a stored cell: {error}") from None
-    restored = Cell.restored(cell, stored.cell, known_rules)
+    # What is made here stays; the collector would walk it again and again while it is made.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        restored = Cell.restored(cell, body[at:], known_rules)
+    finally:
+        if collecting:
+            gc.enable()
     if manifest is not None and restored.position != manifest.position:
         raise ValueError(f"its state is that of {restored.position}, its manifest says {manifest.position}")
-    return Start(restored, frozenset(stored.accepted), stored.lately, stored.seals, manifest)
+    return Start(restored, frozenset(beside.accepted), beside.lately, beside.seals, manifest)
 
 
 async def find_start(bus: Bus, subjects: Subjects, known_rules: tuple[int, ...] = KNOWN_RULES) -> Start:
@@ -200,15 +218,14 @@ class SnapshotTaker:
         assert record is not None and record.sequence == replica.cell.position
         facts, rules = replica.cell.facts, replica.cell.rules
         accepted = list(replica.readback.accepted)[-ACCEPTED_LIMIT:]
-        stored = StoredCell(replica.cell.snapshot(), accepted, lately, seals)
+        parts = stored_parts(Beside(accepted, lately, seals), replica.cell.capture())
         waiting = list(replica.readback.expected)
         self._facts, self._read_bytes = facts, 0
         if not await self._all_read_back(replica, waiting):
             log.warning("snapshot given up", position=record.sequence, reason="what was said does not come back")
             return
-        body = _encode(stored)
         self.newest = await self._store.write(
-            body,
+            parts,
             position=record.sequence,
             anchor=anchor_of(record),
             rules=rules,
@@ -217,7 +234,7 @@ class SnapshotTaker:
             at=self._bus.wall(),
         )
         self._since(self.newest)
-        log.info("snapshot", position=record.sequence, bytes=len(body), me=self._me)
+        log.info("snapshot", position=record.sequence, bytes=self.newest.bytes, me=self._me)
 
     async def _still_due(self, replica: Replica) -> bool:
         newest = next(iter(await self._store.manifests()), None)

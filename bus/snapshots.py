@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from bus.contract import BusError, Log, NoAnswer, Record
+from bus.contract import Appended, BusError, Log, NoAnswer, Record
 from bus.subjects import Subjects
 
 FORMAT = 1
 """Version of manifest and chunks; of another one nothing is read."""
 CHUNK_BYTES = 512 * 1024
 CHUNKS_UNDER_WAY = 8
+PAUSE_SECONDS = 0.002
+"""Between two chunks: hashing and sending one is this process's time, and it has others to serve."""
 KEPT = 3
 """Snapshots that are kept; the oldest is dropped when another one is whole."""
 READ_SECONDS = 5.0
@@ -66,6 +69,22 @@ def anchor_of(record: Record) -> str:
     return digest.hexdigest()
 
 
+def _pieces(parts: Sequence[bytes]) -> Iterator[bytes]:
+    """All bytes of the parts as chunks, at least one."""
+    waiting = bytearray()
+    for part in parts:
+        view = memoryview(part)
+        while view:
+            room = CHUNK_BYTES - len(waiting)
+            waiting += view[:room]
+            view = view[room:]
+            if len(waiting) == CHUNK_BYTES:
+                yield bytes(waiting)
+                waiting = bytearray()
+    if waiting or not any(map(len, parts)):
+        yield bytes(waiting)
+
+
 class SnapshotStore:
     """Writes and reads the snapshots of one cell on `Bus.snapshots`."""
 
@@ -74,29 +93,35 @@ class SnapshotStore:
         self._subjects = subjects
 
     async def write(
-        self, body: bytes, *, position: int, anchor: str, rules: int, facts: int, writer: str, at: int
+        self, parts: Sequence[bytes], *, position: int, anchor: str, rules: int, facts: int, writer: str, at: int
     ) -> Manifest:
         """Store one snapshot and drop what is too old. Raises `BusError`; then no snapshot was added.
 
+        Its bytes are the parts, one behind the other. Never more than a chunk of them is worked on without a break.
         `writer` and `position` make its id: a writer does not write the same position twice.
         """
         name = f"{position}-{writer}"
         subject = self._subjects.snapshot_chunk(name)
         digest = hashlib.blake2b(digest_size=32)
-        pieces = [body[start : start + CHUNK_BYTES] for start in range(0, len(body), CHUNK_BYTES)] or [b""]
         sequences: list[int] = []
-        for begin in range(0, len(pieces), CHUNKS_UNDER_WAY):
-            sent = []
-            for number, piece in enumerate(pieces[begin : begin + CHUNKS_UNDER_WAY], begin):
-                digest.update(piece)
-                payload = number.to_bytes(_NUMBER_BYTES, "little") + piece
-                sent.append(self._log.send(subject, payload, message_id=f"{subject}.{number}", publisher=writer))
-                await asyncio.sleep(0)  # hashing is this process's time: others come in between
-            answers = await asyncio.gather(*sent, return_exceptions=True)
-            for answer in answers:
+        sent: list[asyncio.Future[Appended]] = []
+
+        async def answered() -> None:
+            for answer in await asyncio.gather(*sent, return_exceptions=True):
                 if isinstance(answer, BaseException):
                     raise answer
                 sequences.append(answer.sequence)
+            sent.clear()
+
+        number = 0
+        for number, piece in enumerate(_pieces(parts)):
+            digest.update(piece)
+            payload = number.to_bytes(_NUMBER_BYTES, "little") + piece
+            sent.append(self._log.send(subject, payload, message_id=f"{subject}.{number}", publisher=writer))
+            await asyncio.sleep(PAUSE_SECONDS)
+            if len(sent) == CHUNKS_UNDER_WAY:
+                await answered()
+        await answered()
         manifest = Manifest(
             format=FORMAT,
             cell=self._subjects.cell,
@@ -104,8 +129,8 @@ class SnapshotStore:
             anchor=anchor,
             rules=rules,
             name=name,
-            bytes=len(body),
-            chunks=len(pieces),
+            bytes=sum(map(len, parts)),
+            chunks=number + 1,
             first=min(sequences),
             last=max(sequences),
             digest=digest.hexdigest(),

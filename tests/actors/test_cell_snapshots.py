@@ -15,7 +15,7 @@ from world import CELL, World
 from actors.bench_replay import CELL as BENCH_CELL
 from actors.bench_replay import make_ledger
 from actors.cell import Cell, UnknownRules
-from actors.cell_snapshots import NoBeginning, Start, StoredCell, decode_stored, find_start
+from actors.cell_snapshots import Beside, NoBeginning, Start, decode_stored, find_start, stored_parts
 from actors.control import Control
 from bus.contract import Record
 from bus.memory import MemoryBus, MemoryServer
@@ -35,7 +35,7 @@ def test_the_stored_form_and_the_tail_equal_the_whole_at_every_cut() -> None:
     assert len(world.ledger) > 80
     first = Cell(CELL)
     for at, record in enumerate(world.ledger):
-        stored = msgspec.msgpack.encode(StoredCell(first.snapshot(), [(3, 1)], [(5, b"x")], [b"seal"]))
+        stored = b"".join(stored_parts(Beside([(3, 1)], [(5, b"x")], [b"seal"]), first.capture()))
         start = decode_stored(CELL, stored, None)
         assert (start.accepted, start.lately, start.seals) == ({(3, 1)}, [(5, b"x")], [b"seal"])
         for later in world.ledger[at:]:
@@ -57,9 +57,9 @@ FACTS = [record for record in LEDGER if ".fact." in record.subject]
 async def store(bus: MemoryBus, record: Record, *, rules: int = 1, **beside: list[bytes]) -> Manifest:
     """A snapshot behind a fact, as a control stores it."""
     cell = state_at(record.sequence)
-    body = msgspec.msgpack.encode(StoredCell(cell.snapshot(), **beside))  # type: ignore[arg-type]
+    parts = stored_parts(Beside(**beside), cell.capture())  # type: ignore[arg-type]
     return await SnapshotStore(bus.snapshots, SUBJECTS).write(
-        body, position=record.sequence, anchor=anchor_of(record), rules=rules, facts=cell.facts, writer="w", at=1
+        parts, position=record.sequence, anchor=anchor_of(record), rules=rules, facts=cell.facts, writer="w", at=1
     )
 
 
@@ -165,9 +165,9 @@ async def test_a_seal_that_was_ordered_is_done_after_a_start_from_a_snapshot() -
     server.tokens.load([Record(100, server.wall(), SUBJECTS.tokens("gpu/other", 1), b"")])  # behind what facts cite
     seal = next(said.payload for said in step.said if said.receiver == "sealer")
     assert decode_said(seal).fact == fact.sequence
-    body = msgspec.msgpack.encode(StoredCell(cell.snapshot(), seals=[seal]))
+    parts = stored_parts(Beside(seals=[seal]), cell.capture())
     await SnapshotStore(bus.snapshots, SUBJECTS).write(
-        body, position=fact.sequence, anchor=anchor_of(fact), rules=1, facts=cell.facts, writer="w", at=1
+        parts, position=fact.sequence, anchor=anchor_of(fact), rules=1, facts=cell.facts, writer="w", at=1
     )
     sealed = SUBJECTS.fact(worker, "sequences.sealed")
     async with running(a_control(server, "a")) as control:

@@ -17,7 +17,9 @@ MANY_BYTES = random.Random(7).randbytes(5 * CHUNK_BYTES - 17)
 
 async def write(bus: Bus, world: World, position: int, body: bytes, writer: str = "w") -> Manifest:
     store = SnapshotStore(bus.snapshots, world.subjects)
-    return await store.write(body, position=position, anchor="a", rules=1, facts=position, writer=writer, at=5)
+    return await store.write(
+        [body[:7], b"", body[7:]], position=position, anchor="a", rules=1, facts=position, writer=writer, at=5
+    )
 
 
 async def test_many_megabytes_come_back_and_old_ones_are_dropped(world: World) -> None:
