@@ -35,11 +35,13 @@ def nanoseconds(text: str) -> int:
     return seconds * 1_000_000_000 + (int(fraction.ljust(9, "0")) if fraction else 0)
 
 
-async def call(connection: Connection, verb: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """One request to `$JS.API.<verb>`."""
+async def call(
+    connection: Connection, verb: str, body: dict[str, Any] | None = None, *, seconds: float = API_SECONDS
+) -> dict[str, Any]:
+    """One request to `$JS.API.<verb>`; its answer may take so many seconds."""
     data = json.dumps(body).encode() if body is not None else b""
     try:
-        raw, _ = await connection.ask_raw(f"$JS.API.{verb}", data, API_SECONDS)
+        raw, _ = await connection.ask_raw(f"$JS.API.{verb}", data, seconds)
     except NoResponders:
         # Also what a cluster says while it has no leader: no reason to give up, and nothing was done.
         raise NoAnswer(f"no JetStream answers at {connection.url}: start nats-server with -js") from None

@@ -75,19 +75,24 @@ async def live_cell(
     slots: int = 64,
     control: tuple[str, ...] = (),
     ledger_limit_bytes: int = 1 << 30,
+    create: bool = True,
 ) -> AsyncIterator[LiveCell]:
-    """Up, with every worker known, when the block begins; nothing of it is left when it ends."""
+    """Up, with every worker known, when the block begins; nothing of it is left when it ends.
+
+    `create` false: without streams, which are for the test to make.
+    """
     cell = LiveCell(folder)
     await cell.server.start_async()
     cell.bus = await JetStreamBus.connect(
-        cell.server.url, CELL, name="test", create=True, ledger_limit_bytes=ledger_limit_bytes
+        cell.server.url, CELL, name="test", create=create, ledger_limit_bytes=ledger_limit_bytes
     )
     try:
         for _ in range(controls):
             await cell.add_control(*control)
         for number in range(nodes):
             await cell.add_node(f"n{number}", workers=workers, step_seconds=step_seconds, slots=slots, models=models)
-        await cell.until(lambda found: len(found["workers"]) == nodes * workers and len(found["models"]) == models)
+        if nodes:
+            await cell.until(lambda found: len(found["workers"]) == nodes * workers and len(found["models"]) == models)
         yield cell
     except BaseException:
         print(cell.logs())
