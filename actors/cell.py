@@ -31,6 +31,8 @@ from bus.messages import (
     ANSWERS,
     OUTPUT_LIMIT_BYTES,
     STARTED,
+    Choice,
+    ChoicesEnded,
     DifferenceAccepted,
     DriverLost,
     EpochClosed,
@@ -45,6 +47,7 @@ from bus.messages import (
     StepSkipped,
     TimerFired,
     To,
+    choice_id,
     encode,
     extend_chain,
     kind_of,
@@ -324,16 +327,27 @@ class Cell:
         return isinstance(actor, Requests) and request in actor.state.requests
 
     def _ended_by_skip(self, message: RequestAccepted) -> list[tuple[str, To, int]]:
-        ended = RequestEnded(
-            request=message.request,
-            model=message.model,
-            outcome="failed",
-            positions=0,
-            code="internal",
-            reason=f"the cell could not take this request: {self._skipped_requests[message.request]}",
-            replies=(message.reply,) if message.reply else (),
-        )
-        return [("cell", To("reader", ended), -1)]
+        of = message.generation.n
+        choices = [Choice(message.request, index, of) for index in range(of)] if of > 1 else [None]
+        replies = (message.reply,) if message.reply else ()
+        ends = [
+            RequestEnded(
+                request=choice_id(message.request, message.client, message.key, choice.index if choice else 0),
+                model=message.model,
+                outcome="failed",
+                positions=0,
+                code="internal",
+                reason=f"the cell could not take this request: {self._skipped_requests[message.request]}",
+                replies=replies if of == 1 else tuple(reply for reply in replies if not reply.single),
+                choice=choice,
+            )
+            for choice in choices
+        ]
+        said = [("cell", To("reader", end), -1) for end in ends]
+        if of == 1 or not replies:
+            return said
+        cited = tuple(msgspec.structs.replace(end, replies=()) for end in ends) if replies[0].single else ()
+        return [*said, ("cell", To("reader", ChoicesEnded(message.request, message.model, replies, cited)), -1)]
 
     def _go_back(self) -> None:
         """Actors, links and timers as they were before the fact that failed: the checkpoint, and the facts since."""

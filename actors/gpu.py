@@ -276,6 +276,7 @@ class Gpu(Actor):
             history=message.history,
             replies=message.replies,
             generation=message.generation,
+            choice=message.choice,
         )
         return [To(self._driver, start)]
 

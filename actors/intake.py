@@ -17,8 +17,8 @@ import structlog
 
 from actors.cell import Cell
 from actors.placement_state import PlacementState
-from actors.requests import RequestsState
-from actors.results import REPLY_LIMIT_BYTES, ResultsReader
+from actors.request_state import RequestsState, as_ended
+from actors.results import REPLY_LIMIT_BYTES, ResultsReader, far
 from bus.api import (
     ParsedRequest,
     Refusal,
@@ -39,7 +39,6 @@ from bus.messages import (
     ModelAdded,
     ModelRemoved,
     ReaderAttached,
-    RequestEnded,
     body_digest,
     encode,
     kind_of,
@@ -229,13 +228,14 @@ class Intake:
 
     async def accept(self, parsed: ParsedRequest, reply: str) -> Status:
         """Append an accepted request. Raises `Refusal` where the cell has no room."""
-        known = self._requests().requests.get(parsed.request)
+        known = self._requests().known(parsed.request)
         placement = self._placement()
-        limit = placement.configuration.queue_limit
-        if known is None and placement.waiting >= limit:
+        limit, several = placement.configuration.queue_limit, parsed.accepted.generation.n
+        if known is None and placement.waiting + several > limit:
             model = placement.models.get(parsed.accepted.model)
             retry_ms = placement.retry_ms(model) if model is not None else 1000
             waiting = f"{placement.waiting} requests wait already (the limit is {limit})"
+            waiting += f", {several} more do not fit" if several > 1 else ""
             raise Refusal("queue_full", f"{waiting}; try again in {retry_ms} ms", retry_ms=retry_ms)
         if known is None and self._percent >= FULL_PERCENT:
             full = f"the ledger is filled to {FULL_PERCENT} % of its limit"
@@ -274,7 +274,7 @@ class Intake:
 
     async def _cancel(self, delivery: Delivery) -> Answer:
         request = await self._known(delivery)
-        if self._requests().requests[request].status != "ended":
+        if not self._requests().over(request):
             await self._stated("requests", CancelRequested(request), f"fact.intake.cancel.{request}")
             log.info("cancel accepted", request=request)
         return accepted(request)
@@ -301,22 +301,13 @@ class Intake:
 
     async def _result(self, delivery: Delivery) -> Answer:
         name = await self._known(delivery)
-        request = self._requests().requests[name]
-        if request.status != "ended":
-            return Result("running", name, positions=request.position)
-        ended = RequestEnded(
-            request=name,
-            model=request.model,
-            outcome=cast(Any, request.outcome),
-            positions=request.position,
-            end=cast(Any, request.end),
-            code=request.code,
-            reason=request.reason,
-            retry_ms=request.retry_ms,
-            spans=tuple(request.spans),
-            prompt_tokens=request.prompt_tokens,
-        )
-        return await self._results.result(ended)
+        state = self._requests()
+        requests = [(member, state.requests[member]) for member in state.members(name)]
+        if state.over(name):
+            return await self._results.result(name, [as_ended(member, request) for member, request in requests])
+        positions = sum(request.position for _, request in requests)
+        choices = [far(as_ended(member, request)) for member, request in requests] if len(requests) > 1 else []
+        return Result("running", name, positions, choices=tuple(choices))
 
     async def _known(self, delivery: Delivery) -> str:
         """The request that a subject names. Another control may just have accepted it: what is unknown gets a look."""
@@ -324,10 +315,10 @@ class Intake:
         about(request)
         if not self._live():
             raise Refusal("not_ready", "this control is still reading the ledger", retry_ms=1000)
-        if request not in self._requests().requests:
+        if self._requests().known(request) is None:
             await self._catch_up()
         state = self._requests()
-        if request not in state.requests:
+        if state.known(request) is None:
             kept = state.configuration.retention_ms // 1000
             raise Refusal("unknown_request", f"no request {request} is known here; ended ones are kept for {kept} s")
         return request

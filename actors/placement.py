@@ -64,16 +64,15 @@ class Placement(PlacementPump):
             return [self._refuse(message, "unknown_model", f"no server of this cell holds a model {message.model!r}")]
         if not model.instances and (too_large := self._too_large(model)):
             return [self._refuse(message, "too_large", too_large)]
+        if self._too_many(message):
+            return [self._queue_full(message, model)]
         if message.model not in self.state.queues:
             worker = self._free_instance(model)
             if worker is not None:
                 waiting = Waiting(message.attempt, message.accepted, now)
                 return [self._place(model, message.request, waiting, worker, now)]
-        limit = self.state.configuration.queue_limit
-        if message.attempt == 1 and self.state.waiting >= limit:
-            retry_ms = self.state.retry_ms(model)
-            reason = f"{self.state.waiting} requests wait already (the limit is {limit}); try again in {retry_ms} ms"
-            return [self._refuse(message, "queue_full", reason, retry_ms)]
+        if message.attempt == 1 and self.state.waiting >= self.state.configuration.queue_limit:
+            return [self._queue_full(message, model)]
         self._enqueue(message, now)
         waiting_here = len(self.state.queues[message.model])
         return self._start(message.model, now) if waiting_here == 1 or waiting_here > model.enough else []

@@ -84,6 +84,22 @@ class PlacementBooks(Actor):
         refused = PlacementRefused(message.request, message.attempt, code, reason, retry_ms)  # type: ignore[arg-type]
         return To("requests", refused)
 
+    def _queue_full(self, message: PlaceRequest, model: KnownModel) -> To:
+        limit, retry_ms = self.state.configuration.queue_limit, self.state.retry_ms(model)
+        waiting = f"{self.state.waiting} requests wait already (the limit is {limit})"
+        many = f", {message.choice.of} more do not fit" if message.choice is not None else ""
+        return self._refuse(message, "queue_full", f"{waiting}{many}; try again in {retry_ms} ms", retry_ms)
+
+    def _too_many(self, message: PlaceRequest) -> bool:
+        """Whether the answers of one request do not get into the queue together: all are refused, or none."""
+        choice = message.choice
+        if choice is None or message.attempt > 1:
+            return False
+        if choice.index == 0:
+            full = self.state.waiting + choice.of > self.state.configuration.queue_limit
+            self.state.refused = choice.family if full else ""
+        return self.state.refused == choice.family
+
     def _refuse_waiting(self, model: str, code: str, reason: str) -> list[To]:
         said = []
         for request, waiting in list(self.state.queues.get(model, {}).items()):

@@ -117,7 +117,8 @@ class Placed(msgspec.Struct):
 
 class PlacementState(msgspec.Struct):
     """`queues`: waiting requests by model, each in order of acceptance; `room`: what is drained for a model;
-    `removing`: models that go as soon as they are idle; `sizes`: all workers that were ever up."""
+    `removing`: models that go as soon as they are idle; `sizes`: all workers that were ever up; `refused`: the request
+    whose several answers were the last not to find room in the queue."""
 
     models: dict[str, KnownModel] = {}
     servers: dict[str, Server] = {}
@@ -129,6 +130,7 @@ class PlacementState(msgspec.Struct):
     removing: dict[str, bool] = {}
     replacing: dict[str, bool] = {}
     waiting: int = 0
+    refused: str = ""
     configuration: PlacementConfigured = PlacementConfigured()
 
     def head(self, model: str) -> int:

@@ -4,13 +4,17 @@
                   ▲                  │ sealed (worker died), rejected with retry
                   └──────────────────┘ next attempt, from the first position that is not durable
 
+A request that asks for several answers is a family: each answer (choice) is a request of its own here, placed, moved,
+recovered and ended on its own, with a seed and an id that follow from the family's. The first has the family's id.
+
 Rules
 * A request ends exactly once. While a worker holds it (running), only that worker's fact or the seal of its epoch
   ends it: cancel and deadline are effects then. While it is queued, this actor ends it at once.
 * An attempt ends at a position; the next one starts there. What lies before is cited (spans), never copied.
 * A repeated acceptance under the same id adds a reader; under another body it is refused.
 * Whoever is told of an end that no worker shows is shown the durable positions with it.
-* Ended requests are kept for `retention_ms`, then forgotten; one timer serves them all.
+* Ended requests are kept for `retention_ms`, then forgotten; one timer serves them all. A family counts as ended when
+  its last answer is: only that ends its readers' streams, and they are told by the reader of control.
 """
 
 from __future__ import annotations
@@ -20,9 +24,11 @@ from typing import Literal
 import msgspec
 
 from actors.actor import Actor
+from actors.request_state import Family, Request, RequestsState, as_ended
 from bus.messages import (
     CancelRequested,
-    Generation,
+    Choice,
+    ChoicesEnded,
     PlacementRefused,
     PlaceRequest,
     ReaderAdded,
@@ -45,6 +51,7 @@ from bus.messages import (
     TimerFired,
     To,
     body_digest,
+    choice_id,
     is_small,
 )
 
@@ -61,43 +68,6 @@ LATEST = 2**62
 """No timer is due later than a message can say."""
 
 
-class Request(msgspec.Struct):
-    """One request. `position` is the first position that is not known to be durable; `deadline` 0 means none."""
-
-    model: str
-    client: str
-    key: str
-    body: str
-    accepted: int
-    accepted_at: int
-    deadline: int = 0
-    priority: int = 0
-    status: Literal["queued", "running", "ended"] = "queued"
-    attempt: int = 1
-    worker: str = ""
-    position: int = 0
-    deaths: int = 0
-    rejections: int = 0
-    stopping: str = ""
-    replies: list[ReplyTo] = []
-    spans: list[Span] = []
-    small: Generation | None = None
-    prompt_tokens: int = 0
-    outcome: str = ""
-    end: str = ""
-    code: str = ""
-    reason: str = ""
-    retry_ms: int = 0
-    ended_at: int = 0
-
-
-class RequestsState(msgspec.Struct):
-    requests: dict[str, Request] = {}
-    ended: dict[str, int] = {}
-    retention_timer: bool = False
-    configuration: RequestsConfigured = RequestsConfigured()
-
-
 class Requests(Actor):
     """See the head of this file. `state.requests` is keyed by request id; `state.ended` by id in order of ending."""
 
@@ -108,7 +78,7 @@ class Requests(Actor):
 
     def on_RequestAccepted(self, message: RequestAccepted, now: int) -> list[To]:
         body = body_digest(message.generation, message.model)
-        known = self.state.requests.get(message.request)
+        known = self.state.known(message.request)
         if known is not None:
             if message.reply is None:
                 return []
@@ -116,7 +86,22 @@ class Requests(Actor):
                 reason = f"the key {message.key!r} of client {message.client!r} was used for another request before"
                 return [To("reader", ReaderRefused(message.request, message.reply, "key_reused", reason))]
             return self._show(message.request, known, message.reply)
-        request = Request(
+        of = message.generation.n
+        if of == 1:
+            said = [self._new(message.request, message, body, now, None)]
+        else:
+            members = [choice_id(message.request, message.client, message.key, index) for index in range(of)]
+            self.state.families[message.request] = Family(members, of, [message.reply] if message.reply else [])
+            said = [
+                self._new(member, message, body, now, Choice(message.request, index, of))
+                for index, member in enumerate(members)
+            ]
+        deadline = self.state.requests[message.request].deadline
+        return [*said, To("timer", SetTimer(deadline, message.request))] if deadline else said
+
+    def _new(self, name: str, message: RequestAccepted, body: str, now: int, choice: Choice | None) -> To:
+        shown = message.reply is not None and (choice is None or not message.reply.single)
+        request = self.state.requests[name] = Request(
             model=message.model,
             client=message.client,
             key=message.key,
@@ -125,18 +110,15 @@ class Requests(Actor):
             accepted_at=now,
             deadline=min(LATEST, now + message.deadline_ms * MILLISECOND) if message.deadline_ms else 0,
             priority=message.priority,
-            replies=[message.reply] if message.reply else [],
+            replies=[message.reply] if message.reply is not None and shown else [],
             spans=[],
             small=message.generation if is_small(message.generation) else None,
+            choice=choice,
         )
-        self.state.requests[message.request] = request
-        said = [To("placement", self._wish(message.request, request))]
-        if request.deadline:
-            said.append(To("timer", SetTimer(request.deadline, message.request)))
-        return said
+        return self._wish(name, request)
 
     def on_ReaderAttached(self, message: ReaderAttached, now: int) -> list[To]:
-        request = self.state.requests.get(message.request)
+        request = self.state.known(message.request)
         if request is None:
             kept = self.state.configuration.retention_ms // 1000
             reason = f"no request {message.request} is known here; ended ones are kept for {kept} s"
@@ -144,7 +126,7 @@ class Requests(Actor):
         return self._show(message.request, request, message.reply)
 
     def on_CancelRequested(self, message: CancelRequested, now: int) -> list[To]:
-        return self._stop(message.request, "cancelled", now)
+        return self._stop_all(message.request, "cancelled", now)
 
     def on_RequestsConfigured(self, message: RequestsConfigured, now: int) -> list[To]:
         self.state.configuration = message
@@ -154,7 +136,7 @@ class Requests(Actor):
         if message.about != RETENTION:
             request = self.state.requests.get(message.about)
             due = request is not None and 0 < request.deadline <= now
-            return self._stop(message.about, "deadline", now) if due else []
+            return self._stop_all(message.about, "deadline", now) if due else []
         self.state.retention_timer = False
         limit = now - self.state.configuration.retention_ms * MILLISECOND
         while self.state.ended:
@@ -163,6 +145,7 @@ class Requests(Actor):
                 break
             del self.state.ended[name]
             del self.state.requests[name]
+            self.state.families.pop(name, None)
         return self._arm_retention(now)
 
     # ---- from placement ---------------------------------------------------------------------------------------
@@ -182,6 +165,7 @@ class Requests(Actor):
             history=tuple(request.spans),
             replies=tuple(request.replies),
             generation=request.small,
+            choice=request.choice,
         )
         request.small = None
         return [To(message.worker, run)]
@@ -246,7 +230,13 @@ class Requests(Actor):
         request = self.state.requests.get(message.request)
         if message.found or request is None:
             return []
-        return self._show(message.request, request, message.reply)
+        said = self._show_one(message.request, request, message.reply)
+        if request.choice is None:
+            return said
+        name = request.choice.family
+        family = self.state.families[name]
+        # Its readers may have been told of the last end before; whoever waits for one more word gets it.
+        return said if family.running else [*said, self._all_ended(name, request.model, family, (message.reply,))]
 
     # ---- what they have in common -----------------------------------------------------------------------------
 
@@ -265,16 +255,20 @@ class Requests(Actor):
         streams = tuple(reply for reply in request.replies if not reply.single)
         if not span.sealed or not streams:
             return []
-        return [To("reader", ShowPositions(name, request.model, streams, (span,)))]
+        return [To("reader", ShowPositions(name, request.model, streams, (span,), request.choice))]
 
     def _again(self, name: str, request: Request) -> list[To]:
         request.status, request.worker = "queued", ""
         request.attempt += 1
-        return [To("placement", self._wish(name, request))]
+        return [self._wish(name, request)]
 
     @staticmethod
-    def _wish(name: str, request: Request) -> PlaceRequest:
-        return PlaceRequest(name, request.attempt, request.model, request.accepted, request.priority)
+    def _wish(name: str, request: Request) -> To:
+        wish = PlaceRequest(name, request.attempt, request.model, request.accepted, request.priority, request.choice)
+        return To("placement", wish)
+
+    def _stop_all(self, name: str, reason: Literal["cancelled", "deadline"], now: int) -> list[To]:
+        return [to for member in self.state.members(name) for to in self._stop(member, reason, now)]
 
     def _stop(self, name: str, reason: Literal["cancelled", "deadline"], now: int) -> list[To]:
         request = self.state.requests.get(name)
@@ -291,16 +285,28 @@ class Requests(Actor):
         return "cancelled" if request.stopping == "cancelled" else "deadline"
 
     def _show(self, name: str, request: Request, reply: ReplyTo) -> list[To]:
-        """Show a request to a reader from `reply.start` on, wherever its positions are."""
+        """Show a request that a client names, all its answers, to a reader."""
+        family = self.state.families.get(name)
+        if family is None:
+            return self._show_one(name, request, reply)
+        said: list[To] = []
+        for member in family.members if not reply.single else ():
+            said += self._show_one(member, self.state.requests[member], reply)
+        if not family.running:
+            return [*said, self._all_ended(name, request.model, family, (reply,))]
+        _attach(family.replies, reply)
+        return said
+
+    def _show_one(self, name: str, request: Request, reply: ReplyTo) -> list[To]:
+        """Show one answer to a reader from `reply.start` on, wherever its positions are."""
         if request.status == "ended":
             return [To("reader", self._ended(name, request, replies=(reply,), shown=False))]
-        request.replies = [known for known in request.replies if known.subject != reply.subject]
-        request.replies.append(reply)
-        del request.replies[:-REPLIES_LIMIT]
+        _attach(request.replies, reply)
         if request.status == "running":
             return [To(request.worker, ShowFrom(name, request.attempt, reply))]
         if request.spans and not reply.single:
-            return [To("reader", ShowPositions(name, request.model, (reply,), tuple(request.spans)))]
+            shown = ShowPositions(name, request.model, (reply,), tuple(request.spans), request.choice)
+            return [To("reader", shown)]
         return []
 
     def _end(
@@ -319,28 +325,37 @@ class Requests(Actor):
         request.status, request.worker, request.ended_at = "ended", "", now
         request.outcome, request.end, request.code, request.reason = outcome, end, code, reason
         request.retry_ms = retry_ms
-        self.state.ended[name] = now
         replies = tuple(request.replies)
         request.replies = []
-        return [To("reader", self._ended(name, request, replies=replies, shown=shown)), *self._arm_retention(now)]
+        said = [To("reader", self._ended(name, request, replies=replies, shown=shown))]
+        if request.choice is None:
+            self.state.ended[name] = now
+        else:
+            said += self._end_in_family(request.choice.family, request.model, now)
+        return [*said, *self._arm_retention(now)]
 
-    def _ended(self, name: str, request: Request, *, replies: tuple[ReplyTo, ...], shown: bool) -> RequestEnded:
-        return RequestEnded(
-            request=name,
-            model=request.model,
-            outcome=request.outcome,  # type: ignore[arg-type]
-            positions=request.position,
-            end=request.end,  # type: ignore[arg-type]
-            code=request.code,
-            reason=request.reason,
-            retry_ms=request.retry_ms,
-            shown=shown,
-            replies=() if shown else replies,
-            spans=() if shown or not replies else tuple(request.spans),
-            prompt_tokens=request.prompt_tokens,
-            attempts=request.attempt,
-            elapsed_ns=max(0, request.ended_at - request.accepted_at),
-        )
+    def _end_in_family(self, name: str, model: str, now: int) -> list[To]:
+        """One of its answers has ended; after the last one, everybody who reads the family is told so."""
+        family = self.state.families[name]
+        family.running -= 1
+        if family.running:
+            return []
+        for member in family.members:
+            self.state.ended[member] = now
+        replies, family.replies = tuple(family.replies), []
+        return [self._all_ended(name, model, family, replies)] if replies else []
+
+    def _all_ended(self, name: str, model: str, family: Family, replies: tuple[ReplyTo, ...]) -> To:
+        choices: tuple[RequestEnded, ...] = ()
+        if any(reply.single for reply in replies):
+            choices = tuple(as_ended(member, self.state.requests[member]) for member in family.members)
+        return To("reader", ChoicesEnded(name, model, replies, choices))
+
+    @staticmethod
+    def _ended(name: str, request: Request, *, replies: tuple[ReplyTo, ...], shown: bool) -> RequestEnded:
+        if shown or not replies:
+            return msgspec.structs.replace(as_ended(name, request), shown=shown, spans=())
+        return msgspec.structs.replace(as_ended(name, request), replies=replies)
 
     def _arm_retention(self, now: int) -> list[To]:
         """For the oldest that ended, and not more than once a second."""
@@ -349,3 +364,10 @@ class Requests(Actor):
         self.state.retention_timer = True
         due = next(iter(self.state.ended.values())) + self.state.configuration.retention_ms * MILLISECOND
         return [To("timer", SetTimer(min(LATEST, max(due, now + SECOND)), RETENTION))]
+
+
+def _attach(replies: list[ReplyTo], reply: ReplyTo) -> None:
+    """Add a reader in place of an earlier one with this subject; the oldest of too many makes room."""
+    replies[:] = [known for known in replies if known.subject != reply.subject]
+    replies.append(reply)
+    del replies[:-REPLIES_LIMIT]

@@ -7,13 +7,16 @@ worker may not have shown, and readers that come back. Everything is read from T
 from __future__ import annotations
 
 import asyncio
-from typing import NamedTuple, cast
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 
 from bus.contract import Bus, BusError, NoAnswer
 from bus.logprobs import TokenLogprobs
-from bus.messages import Message, ReaderRefused, ReplyTo, RequestEnded, ShowPositions, Span
+from bus.messages import ChoicesEnded, Message, ReaderRefused, ReplyTo, RequestEnded, ShowPositions, Span
 from bus.pages import Page, decode_page
 from bus.replies import (
     Chunk,
@@ -22,9 +25,12 @@ from bus.replies import (
     Refusal,
     Result,
     TokenCounts,
+    WholeAnswers,
     chunk_of,
+    counted,
     encode_chunk,
     encode_reply,
+    end_of_all,
     reply_headers,
     too_large,
 )
@@ -96,24 +102,57 @@ async def read_spans(bus: Bus, subjects: Subjects, request: str, spans: tuple[Sp
     return positions
 
 
+@dataclass(slots=True)
+class _Turn:
+    """Whoever shows something of one family takes it in turn; `wanted` by so many."""
+
+    lock: asyncio.Lock
+    wanted: int = 0
+
+
 class ResultsReader:
-    """Turns `positions.show`, `request.ended` and `reader.refused` into chunks on reply subjects."""
+    """Turns `positions.show`, `request.ended`, `choices.ended` and `reader.refused` into chunks on reply subjects."""
 
     def __init__(self, bus: Bus, subjects: Subjects) -> None:
         self._bus = bus
         self._subjects = subjects
+        self._turns: dict[str, _Turn] = {}
 
     async def show(self, message: Message) -> None:
-        """Show what the cell said to the reader. Never raises for what is gone or a bus that is away for long."""
+        """Show what the cell said to the reader. Never raises for what is gone or a bus that is away for long.
+
+        What concerns answers of one request is shown in the order in which this is called: its last word comes last.
+        """
         try:
-            if isinstance(message, RequestEnded) and message.replies:
-                await self._ended(message)
-            elif isinstance(message, ShowPositions):
-                await self._positions(message)
+            if isinstance(message, RequestEnded | ShowPositions) and message.replies:
+                if message.choice is None:
+                    await self._of_one(message)
+                else:
+                    async with self._in_order(message.choice.family):
+                        await self._of_one(message)
+            elif isinstance(message, ChoicesEnded):
+                async with self._in_order(message.request):
+                    await self._choices(message)
             elif isinstance(message, ReaderRefused):
                 await self._refused(message)
         except BusError:
             return
+
+    async def _of_one(self, message: RequestEnded | ShowPositions) -> None:
+        await (self._ended(message) if isinstance(message, RequestEnded) else self._positions(message))
+
+    @asynccontextmanager
+    async def _in_order(self, family: str) -> AsyncIterator[None]:
+        """One at a time, first come, first served."""
+        turn = self._turns.setdefault(family, _Turn(asyncio.Lock()))
+        turn.wanted += 1
+        try:
+            async with turn.lock:
+                yield
+        finally:
+            turn.wanted -= 1
+            if not turn.wanted:
+                del self._turns[family]
 
     async def _positions(self, message: ShowPositions) -> None:
         replies = [reply for reply in message.replies if not reply.single]
@@ -124,33 +163,46 @@ class ResultsReader:
         except PagesGone:
             return
         for reply in replies:
-            for chunk in _chunks(message.request, positions, reply.start):
+            for chunk in _chunks(message, positions, reply.start):
                 await self._publish(reply, chunk)
 
     async def _ended(self, message: RequestEnded) -> None:
-        error = error_of(message)
-        positions: list[Position] = []
-        try:
-            positions = await self._patiently(message.request, message.spans)
-        except PagesGone:
-            error = ErrorBody("expired", f"the tokens of request {message.request} are no longer kept")
-        usage = TokenCounts(message.prompt_tokens, message.positions)
+        positions, error = await self._found(message)
         for reply in message.replies:
             # The end stands behind the last position, whatever this reader wants to see of the answer.
-            if reply.single:
-                wanted = [one for one in positions if one.position >= reply.start]
-                start = wanted[0].position if wanted else min(reply.start, message.positions)
-                chunks = [_chunk(message.request, start, wanted)]
-            else:
-                chunks = _chunks(message.request, positions, reply.start)
-            last = chunks.pop() if chunks else Chunk(message.request, message.positions, (), "")
-            end = cast(ChunkEnd, end_of(message) if error is None or error.code != "expired" else "failed")
+            whole = reply.single
+            chunks = [_whole(message, positions, reply.start)] if whole else _chunks(message, positions, reply.start)
+            last = chunks.pop() if chunks else _chunk(message, message.positions, [])
             for chunk in chunks:
                 await self._publish(reply, chunk)
-            closing = msgspec.structs.replace(last, end=end, usage=usage, error=error)
-            await self._publish(reply, closing)
+            await self._publish(reply, _closed(message, last, error))
+            if not reply.single and message.choice is None:
+                await self._bus.publish(reply.subject, b"")
+
+    async def _choices(self, message: ChoicesEnded) -> None:
+        """All answers have ended: the one last word of the streams, and all answers in one for whoever wants that."""
+        for reply in message.replies:
             if not reply.single:
                 await self._bus.publish(reply.subject, b"")
+        singles = [reply for reply in message.replies if reply.single]
+        found = [(ended, *await self._found(ended)) for ended in message.choices] if singles else []
+        for reply in singles:
+            chunks = [_closed(e, _whole(e, positions, reply.start), error) for e, positions, error in found]
+            answers = WholeAnswers(message.request, tuple(chunks), counted(chunks))
+            payload = encode_reply(answers, reply.encoding)
+            if len(payload) > REPLY_LIMIT_BYTES:
+                size = f"the answers take {len(payload)} bytes: read them as a stream with resume"
+                payload = encode_reply(
+                    WholeAnswers(message.request, (), answers.usage, ErrorBody("too_large", size)), reply.encoding
+                )
+            await self._bus.publish(reply.subject, payload, headers=reply_headers(reply.encoding) or None)
+
+    async def _found(self, ended: RequestEnded) -> tuple[list[Position], ErrorBody | None]:
+        """Its positions, over an outage, and its error. Raises `BusError` after the last attempt."""
+        try:
+            return await self._patiently(ended.request, ended.spans), error_of(ended)
+        except PagesGone:
+            return [], _expired(ended)
 
     async def _patiently(self, request: str, spans: tuple[Span, ...]) -> list[Position]:
         """All positions of some spans, over an outage. Raises `PagesGone`, and `BusError` after the last attempt."""
@@ -174,28 +226,41 @@ class ResultsReader:
             payload = encode_chunk(too_large(chunk, len(payload)), reply.encoding)
         await self._bus.publish(reply.subject, payload, headers=reply_headers(reply.encoding) or None)
 
-    async def result(self, ended: RequestEnded) -> Result:
+    async def result(self, name: str, ends: list[RequestEnded]) -> Result:
+        """What has become of a request: its one answer, or all of them as chunks."""
+        if len(ends) == 1:
+            return await self._result(name, ends[0])
+        chunks = []
+        for ended in ends:
+            positions, error = await self._read(ended)
+            chunks.append(_closed(ended, _whole(ended, positions, 0), error))
+        total = sum(ended.positions for ended in ends)
+        end = end_of_all([chunk.end for chunk in chunks])
+        return Result("ended", name, total, end, usage=counted(chunks), choices=tuple(chunks))
+
+    async def _result(self, name: str, ended: RequestEnded) -> Result:
         """The whole answer of an ended request, or its error."""
-        error = error_of(ended)
-        positions: list[Position] = []
-        try:
-            positions = await read_spans(self._bus, self._subjects, ended.request, ended.spans)
-        except PagesGone:
-            error = ErrorBody("expired", f"the tokens of request {ended.request} are no longer kept")
+        positions, error = await self._read(ended)
         return Result(
             status="ended",
-            request=ended.request,
+            request=name,
             positions=ended.positions,
-            end=cast(ChunkEnd, end_of(ended)),
+            end=end_of(ended),
             text="".join(one.text for one in positions),
             tokens=tuple(one.token for one in positions),
-            logprobs=tuple(one.logprobs for one in positions if one.logprobs is not None),
             usage=TokenCounts(ended.prompt_tokens, ended.positions),
             error=error,
+            logprobs=tuple(one.logprobs for one in positions if one.logprobs is not None),
         )
 
+    async def _read(self, ended: RequestEnded) -> tuple[list[Position], ErrorBody | None]:
+        try:
+            return await read_spans(self._bus, self._subjects, ended.request, ended.spans), error_of(ended)
+        except PagesGone:
+            return [], _expired(ended)
 
-def end_of(message: RequestEnded) -> str:
+
+def end_of(message: RequestEnded) -> ChunkEnd:
     """The `end` that clients read: how the answer stopped, or the outcome where there is no answer."""
     return message.end if message.outcome == "finished" else message.outcome
 
@@ -206,7 +271,23 @@ def error_of(message: RequestEnded) -> ErrorBody | None:
     return None
 
 
-def _chunks(request: str, positions: list[Position], start: int) -> list[Chunk]:
+def far(ended: RequestEnded) -> Chunk:
+    """How far one of several answers is: its position, and its end if it has one."""
+    return msgspec.structs.replace(_chunk(ended, ended.positions, []), end=end_of(ended), n=_of(ended))
+
+
+def _expired(message: RequestEnded) -> ErrorBody:
+    return ErrorBody("expired", f"the tokens of request {message.request} are no longer kept")
+
+
+Of = RequestEnded | ShowPositions
+
+
+def _of(message: Of) -> int:
+    return message.choice.of if message.choice is not None else 1
+
+
+def _chunks(message: Of, positions: list[Position], start: int) -> list[Chunk]:
     wanted = [one for one in positions if one.position >= start]
     chunks = []
     while wanted:
@@ -215,10 +296,30 @@ def _chunks(request: str, positions: list[Position], start: int) -> list[Chunk]:
         while count < min(len(wanted), limit) and wanted[count].position == wanted[0].position + count:
             count += 1
         part, wanted = wanted[:count], wanted[count:]
-        chunks.append(_chunk(request, part[0].position, part))
+        chunks.append(_chunk(message, part[0].position, part))
     return chunks
 
 
-def _chunk(request: str, position: int, part: list[Position]) -> Chunk:
-    logprobs = [one.logprobs for one in part if one.logprobs is not None]
-    return chunk_of(request, position, [one.token for one in part], [one.text for one in part], logprobs=logprobs)
+def _whole(message: RequestEnded, positions: list[Position], start: int) -> Chunk:
+    """All positions from `start` on as one chunk."""
+    wanted = [one for one in positions if one.position >= start]
+    return _chunk(message, wanted[0].position if wanted else min(start, message.positions), wanted)
+
+
+def _chunk(message: Of, position: int, part: list[Position]) -> Chunk:
+    choice = message.choice
+    return chunk_of(
+        message.request if choice is None else choice.family,
+        position,
+        [one.token for one in part],
+        [one.text for one in part],
+        logprobs=[one.logprobs for one in part if one.logprobs is not None],
+        choice=0 if choice is None else choice.index,
+    )
+
+
+def _closed(message: RequestEnded, chunk: Chunk, error: ErrorBody | None) -> Chunk:
+    """The last chunk of an answer, with how it ended."""
+    end: ChunkEnd = "failed" if error is not None and error.code == "expired" else end_of(message)
+    usage = TokenCounts(message.prompt_tokens, message.positions)
+    return msgspec.structs.replace(chunk, end=end, usage=usage, error=error, n=_of(message))

@@ -18,6 +18,8 @@ from collections import deque
 from dataclasses import replace
 from typing import Any
 
+from msgspec import structs
+
 from actors.driver import FACTS_IN_FLIGHT, Epoch
 from actors.driver_core import Effect, EpochOver
 from actors.token_writer import Fenced, TokenWriter
@@ -211,6 +213,8 @@ class _Work:
                 raise AttachRefused(f"{effect.model} is not attached here", retry=True)
             generation = effect.generation or await self._prompts.generation(effect)
             earlier, logprobs = await self._prompts.earlier(effect, logprobs=generation.logprobs >= 0)
+            if effect.choice is not None:
+                generation = structs.replace(generation, seed=generation.seed + effect.choice.index)
             encoded = await self._runtime.encode(effect.model, generation)
             sampling = self._fit(effect.model, len(encoded.prompt), encoded.sampling)
             start = SequenceStart(sequence.key, encoded.prompt, earlier, sampling)

@@ -55,7 +55,8 @@ class Prompts:
     async def generation(self, start: StartSequence) -> Generation:
         """What the request asks for. Raises `NotKept`."""
         fact = await self._fact(start.accepted)
-        if not isinstance(fact, RequestAccepted) or fact.request != start.request:
+        name = start.choice.family if start.choice is not None else start.request
+        if not isinstance(fact, RequestAccepted) or fact.request != name:
             raise NotKept(f"ledger sequence {start.accepted} does not hold request {start.request}")
         return fact.generation
 

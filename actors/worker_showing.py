@@ -51,7 +51,8 @@ class Showing:
             last = sequence.ended and following == sequence.durable
             reader.done = last
             await self._bus.publish(reply.subject, payload, headers=headers)
-            if last and not reply.single:
+            # The streams of a request with several answers end when all of them have: the reader of control says so.
+            if last and not reply.single and sequence.effect.choice is None:
                 await self._bus.publish(reply.subject, b"")
 
     def _chunk(self, sequence: HeldSequence, first: int, following: int, reader: ReplyReader) -> bytes:
@@ -63,14 +64,17 @@ class Showing:
             if sequence.ended and following == sequence.durable:
                 assert sequence.end != "handed-over", "a hand-over is not the end of an answer"
                 end, usage = sequence.end, TokenCounts(sequence.prompt_tokens, sequence.durable)
+            choice = sequence.effect.choice
             chunk = chunk_of(
-                sequence.effect.request,
+                sequence.effect.request if choice is None else choice.family,
                 first,
                 sequence.tokens[first:following],
                 sequence.texts[first:following],
                 end=end,
                 usage=usage,
                 logprobs=sequence.logprobs[first:following],
+                choice=choice.index if choice is not None else 0,
+                n=choice.of if choice is not None and end else 1,
             )
             payload = self._encoded[key] = encode_chunk(chunk, reader.reply.encoding)
         return payload

@@ -18,6 +18,7 @@ import msgspec
 from bus.logprobs import ALTERNATIVES_LIMIT
 from bus.messages.envelope import OUTPUT_LIMIT_BYTES, encode
 from bus.messages.requests import (
+    CHOICES_LIMIT,
     PRIORITY_LIMIT,
     PROMPT_LIMIT_BYTES,
     TOKENS_LIMIT,
@@ -251,6 +252,7 @@ _INFER: dict[str, Check] = {
     "frequency_penalty": _real(-PENALTY_LIMIT, PENALTY_LIMIT),
     "logit_bias": _logit_bias,
     "logprobs": _whole(0, ALTERNATIVES_LIMIT),
+    "n": _whole(1, CHOICES_LIMIT),
     "priority": _whole(-PRIORITY_LIMIT, PRIORITY_LIMIT),
     "client": _name,
     "key": _name,

@@ -65,8 +65,9 @@ async def tail(
         whole = bool(request or kind) or not follow
         start = since if since is not None else (1 if whole else usage.last_sequence - RECENT_EVENTS + 1)
         last = None if follow else usage.last_sequence
+        wanted = _Wanted(subjects, request, kind)
         async for record in _records(bus, max(1, start), last):
-            if _wanted(record, subjects, request, kind):
+            if wanted(record):
                 show(read_event(subjects, record))
 
 
@@ -86,16 +87,26 @@ async def _records(bus: Bus, start: int, last: int | None) -> AsyncIterator[Reco
         await reader.close()
 
 
-def _wanted(record: Record, subjects: Subjects, request: str, kind: str) -> bool:
-    if kind:
-        place = subjects.parse(record.subject)
-        if place is None or not place.kind.startswith(kind):
-            return False
-    return (
-        not request
-        or f'"request":"{request}'.encode() in record.payload
-        or f'"wanted_by":"{request}'.encode() in (record.payload)
-    )
+class _Wanted:
+    """Which records of the ledger are shown: of a kind, of a request and of its several answers."""
+
+    def __init__(self, subjects: Subjects, request: str, kind: str) -> None:
+        self._subjects = subjects
+        self._kind = kind
+        self._marks = [f'"{name}":"{request}'.encode() for name in ("request", "wanted_by")] if request else []
+        self._family = f'"family":"{request}'.encode()
+
+    def __call__(self, record: Record) -> bool:
+        if self._marks and self._family in record.payload:
+            # An answer of the request, which has an id of its own: what else is about that is wanted, too.
+            mark = record.payload.partition(b'"request":')[2].partition(b",")[0]
+            if mark and (mark := b'"request":' + mark) not in self._marks:
+                self._marks.append(mark)
+        if self._kind:
+            place = self._subjects.parse(record.subject)
+            if place is None or not place.kind.startswith(self._kind):
+                return False
+        return not self._marks or self._family in record.payload or any(mark in record.payload for mark in self._marks)
 
 
 def _json_line(event: Event) -> None:

@@ -58,7 +58,7 @@ class RequestFields(TypedDict, total=False):
     repetition_penalty: float | None
     presence_penalty: float | None
     frequency_penalty: float | None
-    logit_bias: Mapping[str, float] | None
+    logit_bias: Mapping[int, float] | Mapping[str, float] | None
     logprobs: int | None
     n: int | None
     priority: int | None

@@ -29,6 +29,7 @@ STYLES = (
     ("request", "cyan"),
     ("cancel", "cyan"),
     ("reader", "cyan"),
+    ("choices", "cyan"),
     ("positions", "cyan"),
     ("requests", "cyan"),
     ("sequence", "green"),

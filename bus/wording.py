@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from bus import messages as m
-from bus.messages.requests import Generation, ReplyTo, Span
+from bus.messages.requests import Choice, Generation, ReplyTo, Span
 
 M = TypeVar("M", bound=m.Message)
 Words = Callable[[Any, str, str], str]
@@ -77,6 +77,18 @@ def _input(generation: Generation) -> str:
     return plural(len(generation.tokens or ()), "prompt token")
 
 
+def _answers(count: int) -> str:
+    return f"{count} answers of " if count > 1 else ""
+
+
+def _priority(priority: int) -> str:
+    return f", priority {priority}" if priority else ""
+
+
+def _choice(choice: Choice | None) -> str:
+    return f", answer {choice.index + 1} of {choice.of} of {short(choice.family)}," if choice is not None else ""
+
+
 def _attempt(attempt: int) -> str:
     return f" (attempt {attempt})" if attempt > 1 else ""
 
@@ -141,7 +153,8 @@ _say(
     m.RequestAccepted,
     lambda e, s, r: (
         f"request {short(e.request)} for {e.model} accepted from {e.client} "
-        f"({_input(e.generation)}, at most {plural(e.generation.max_tokens, 'token')})"
+        f"({_input(e.generation)}, {_answers(e.generation.n)}at most {plural(e.generation.max_tokens, 'token')}"
+        f"{_priority(e.priority)})"
     ),
 )
 _say(m.CancelRequested, lambda e, s, r: f"request {short(e.request)} is to be cancelled")
@@ -153,7 +166,13 @@ _say(
         f"and a request may outlive {plural(e.deaths_limit, 'death')} of its worker"
     ),
 )
-_say(m.PlaceRequest, lambda e, s, r: f"request {short(e.request)} wants a slot of {e.model}{_attempt(e.attempt)}")
+_say(
+    m.PlaceRequest,
+    lambda e, s, r: (
+        f"request {short(e.request)}{_choice(e.choice)} wants a slot of {e.model}"
+        f"{_attempt(e.attempt)}{_priority(e.priority)}"
+    ),
+)
 _say(
     m.RequestPlaced,
     lambda e, s, r: (
@@ -197,6 +216,10 @@ _say(
     m.ShowPositions, lambda e, s, r: f"what is durable of request {short(e.request)} is shown to {_readers(e.replies)}"
 )
 _say(m.RequestEnded, lambda e, s, r: _ended(e))
+_say(
+    m.ChoicesEnded,
+    lambda e, s, r: f"all answers of request {short(e.request)} have ended, which {_readers(e.replies)} is told",
+)
 _say(m.ReaderRefused, lambda e, s, r: f"{_reader(e.reply)} cannot read request {short(e.request)}{why(e.reason)}")
 
 # ---- models, servers, instances -------------------------------------------------------------------------------

@@ -14,10 +14,18 @@ from actors.cell import Cell
 from actors.gpu import GpuState
 from actors.placement_state import PlacementState
 from actors.replay import verify
-from actors.requests import RequestsState
+from actors.request_state import RequestsState
 from actors.store import StoreState
 from bus.contract import Record
-from bus.messages import RequestAccepted, RequestEnded, decode_fact, decode_fact_body, decode_said, decode_said_body
+from bus.messages import (
+    RequestAccepted,
+    RequestEnded,
+    choice_id,
+    decode_fact,
+    decode_fact_body,
+    decode_said,
+    decode_said_body,
+)
 from bus.ordering import FactOrder, TakenFact
 from bus.subjects import FactSubject, SaidSubject
 from chaos.machines import REFUSED_PROMPT, seeded, undisturbed
@@ -84,7 +92,9 @@ class Aftermath:
         if subject.kind == "request.accepted":
             message = decode_fact_body(fact.body)
             assert isinstance(message, RequestAccepted)
-            self._accepted.setdefault(message.request, message)
+            for index in range(message.generation.n):
+                member = choice_id(message.request, message.client, message.key, index)
+                self._accepted.setdefault(member, message)
 
     def _said(self, record: Record, subject: SaidSubject, effects: dict[tuple[str, int], dict[int, str]]) -> None:
         said = decode_said(record.payload)
@@ -114,12 +124,14 @@ class Aftermath:
     def _answers(self) -> None:
         for application in self._world.applications:
             plan = application.plan
-            for end in self._ends.get(plan.request, [])[:1]:
-                if application.end and application.end != (end.end or end.outcome):
-                    what = f"{plan.key} read the end {application.end!r}, the cell said {end.outcome} {end.end}"
-                    self.violation(Promise.ENDED_ONCE, what)
-                self._justified(plan.request, application, end)
-                self._equal(plan.request, application, end)
+            for index, member in enumerate(plan.members):
+                for end in self._ends.get(member, [])[:1]:
+                    read = application.ends[index]
+                    if application.end and read != (end.end or end.outcome):
+                        what = f"{plan.key} read the end {read!r} of {index}, the cell said {end.outcome} {end.end}"
+                        self.violation(Promise.ENDED_ONCE, what)
+                    self._justified(plan.request, application, end)
+                    self._equal(member, application, index, end)
 
     def _justified(self, request: str, application: Any, end: RequestEnded) -> None:
         """Whether something in this world can have made the request end so."""
@@ -144,16 +156,20 @@ class Aftermath:
             what = f"{plan.key} for {plan.model} ended as {end.outcome}, {end.code}: {end.reason}"
             self.violation(Promise.NO_NEEDLESS_FAILURE, what)
 
-    def _equal(self, request: str, application: Any, end: RequestEnded) -> None:
+    def _equal(self, request: str, application: Any, index: int, end: RequestEnded) -> None:
         answer = self._world.observer.answers.get(request)
         tokens = answer.tokens if answer is not None else []
-        if len(tokens) != end.positions or (application.end and application.position != end.positions):
+        position, plan = application.read[index], application.plan
+        if len(tokens) != end.positions or (application.end and position != end.positions):
             what = f"{application.plan.key} ended at {end.positions}, durable are {len(tokens)} positions"
-            self.violation(Promise.IN_ORDER, f"{what}, {application.position} were read")
+            self.violation(Promise.IN_ORDER, f"{what}, {position} were read")
         if self._world.options.wobble or not tokens:
             return
         model, start = self._world.starts[request]
-        if bytes(start.prompt).decode() != application.plan.prompt or start.sampling.seed != application.plan.seed:
+        asked = {name: getattr(start.sampling, name) for name in ("logprobs", "presence_penalty", "min_tokens")}
+        wanted = {"logprobs": -1, "presence_penalty": 0.0, "min_tokens": 0} | plan.fields
+        same = all(wanted[name] == value for name, value in asked.items())
+        if bytes(start.prompt).decode() != plan.prompt or start.sampling.seed != plan.seed + index or not same:
             self.violation(Promise.UNDISTURBED, f"{application.plan.key} was computed from another prompt or seed")
         context = next(card.context for card in self._world.options.models if card.model == model)
         expected, how = run(undisturbed(start, context))
@@ -269,6 +285,9 @@ def leftovers(cell: Cell) -> Iterator[str]:
     for name, request in cast(RequestsState, requests.state).requests.items() if requests is not None else ():
         if request.status != "ended":
             yield f"request {name} is {request.status} at {request.worker or 'no worker'}"
+    for name, family in cast(RequestsState, requests.state).families.items() if requests is not None else ():
+        if family.running or family.replies:
+            yield f"request {name} has {family.running} answers that run and {len(family.replies)} readers"
     placement = cell.actors.get("placement")
     if placement is not None:
         state = cast(PlacementState, placement.state)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from random import Random
 
 from bus.answer import Answer, Patience, RequestFailed
-from bus.client import Client
+from bus.client import Client, RequestFields
 from bus.contract import Bus
-from bus.messages.requests import Encoding, request_id
-from chaos.machines import REFUSED_PROMPT
+from bus.messages.requests import Encoding, choice_id, request_id
+from chaos.machines import REFUSED_PROMPT, seeded
 from chaos.observer import Observer
 from chaos.options import Options
 from chaos.promises import Promise
@@ -40,10 +40,39 @@ class Plan:
     leave_at: int
     away: float
     twin: bool
+    n: int
+    fields: RequestFields
 
     @property
     def request(self) -> str:
         return request_id(self.client, self.key)
+
+    @property
+    def members(self) -> list[str]:
+        """The ids that its answers have inside the cell."""
+        return [choice_id(self.request, self.client, self.key, index) for index in range(self.n)]
+
+
+def draw_fields(random: Random) -> RequestFields:
+    """What else a request asks for; in half of them nothing."""
+    fields: RequestFields = {}
+    if random.random() < 0.5:
+        return fields
+    if random.random() < 0.3:
+        fields["logprobs"] = random.choice((0, 2))
+    if random.random() < 0.3:
+        fields["min_tokens"] = 1
+        fields["stop_tokens"] = random.sample(range(1000), 20)
+    if random.random() < 0.2:
+        fields["stop"] = [f"tok{random.randint(10, 99)}", "2 tok7"]
+    if random.random() < 0.3:
+        fields["presence_penalty"] = 0.5
+        fields["repetition_penalty"] = random.choice((1.0, 1.2))
+    if random.random() < 0.2:
+        fields["logit_bias"] = dict.fromkeys(random.sample(range(1000), 50), -100)
+    if random.random() < 0.2:
+        fields["priority"] = random.randint(-3, 3)
+    return fields
 
 
 def draw_plans(random: Random, options: Options) -> list[Plan]:
@@ -51,6 +80,8 @@ def draw_plans(random: Random, options: Options) -> list[Plan]:
     bursts = sorted(random.uniform(0.3, options.fault_seconds * 0.8) for _ in range(random.randint(1, 4)))
     plans = []
     for number in range(options.requests):
+        # From a generator of its own, so that worlds of before stay the same but for this.
+        more = seeded("fields", options.seed, number)
         prompt = f"request {number} " + "x" * random.randint(0, 15)
         plans.append(
             Plan(
@@ -68,19 +99,25 @@ def draw_plans(random: Random, options: Options) -> list[Plan]:
                 leave_at=random.randint(0, 10) if random.random() < 0.15 else -1,
                 away=3.0 * random.random(),
                 twin=random.random() < 0.1,
+                n=more.randint(2, 5) if more.random() < 0.15 else 1,
+                fields=draw_fields(more),
             )
         )
     return plans
 
 
 class Application:
-    """Carries out one plan. `end` is how its answer ended, empty until then; `done` when it has looked back."""
+    """Carries out one plan. `end` is how its answer ended, empty until then; `done` when it has looked back.
+
+    `read` and `ends`: of each of its answers, the position behind the last one read, and how it ended.
+    """
 
     def __init__(self, plan: Plan, bus: Bus, cell: str, observer: Observer, note: Callable[[str], None]) -> None:
         self.plan = plan
         self.end = ""
         self.error = ""
-        self.position = 0
+        self.read = [0] * plan.n
+        self.ends = [""] * plan.n
         self.done = False
         self._client = Client(bus, cell, name=plan.client, encoding=plan.encoding, patience=FOR_EVER)
         self._observer = observer
@@ -93,6 +130,11 @@ class Application:
         """Whether it has asked the cell to cancel."""
         return self._cancelling is not None
 
+    @property
+    def position(self) -> int:
+        """The first position from which on one of its answers was not read."""
+        return min(self.read)
+
     async def run(self) -> None:
         plan = self.plan
         loop = asyncio.get_running_loop()
@@ -101,7 +143,9 @@ class Application:
             answer = self._ask()
             try:
                 async for chunk in answer:
-                    self.position = self._observer.read(f"reader of {plan.key}", self.position, chunk)
+                    expected = self.read[chunk.choice]
+                    self.read[chunk.choice] = self._observer.read(f"reader of {plan.key}", expected, chunk)
+                    self.ends[chunk.choice] = chunk.end
                     if self._cancels(answer):
                         self._cancelling = asyncio.ensure_future(self._cancel())
                     if self._leaves():
@@ -119,18 +163,18 @@ class Application:
         self.done = True
 
     def _ask(self) -> Answer:
-        plan = self.plan
+        plan, start = self.plan, self.position
+        self.read, self.ends = [start] * plan.n, [""] * plan.n
         if self._left:
-            return self._client.resume(plan.request, self.position)
-        return self._client.infer(
-            plan.model,
-            plan.prompt,
-            key=plan.key,
-            start=self.position,
-            max_tokens=plan.max_tokens,
-            seed=plan.seed,
-            deadline_ms=plan.deadline_ms or None,
-        )
+            return self._client.resume(plan.request, start)
+        fields: RequestFields = {
+            **plan.fields,
+            "max_tokens": plan.max_tokens,
+            "seed": plan.seed,
+            "deadline_ms": plan.deadline_ms or None,
+            "n": plan.n if plan.n > 1 else None,
+        }
+        return self._client.infer(plan.model, plan.prompt, key=plan.key, start=start, **fields)
 
     def _cancels(self, answer: Answer) -> bool:
         due = 0 <= self.plan.cancel_at <= self.position and not answer.end
@@ -160,7 +204,9 @@ class Application:
             if result.status == "ended":
                 break
             await asyncio.sleep(0.5)
-        if (result.end, result.positions) != (self.end, self.position):
-            what = f"{self.plan.key} read {self.position} positions and {self.end!r}"
-            told = f"its result has {result.positions} and {result.end!r}"
-            self._observer.violation(Promise.ENDED_ONCE, f"{what}, {told}")
+        told = [(chunk.end, chunk.next) for chunk in result.choices] or [(result.end, result.positions)]
+        seen = list(zip(self.ends, self.read, strict=True))
+        if told != seen or (result.end, result.positions) != (self.end, sum(self.read)):
+            what = f"{self.plan.key} read {seen} and {self.end!r}"
+            told_all = f"its result has {told}, {result.positions} and {result.end!r}"
+            self._observer.violation(Promise.ENDED_ONCE, f"{what}, {told_all}")

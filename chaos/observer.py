@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bus.contract import Record
+from bus.logprobs import TokenLogprobs
 from bus.pages import Page, PageSequence, Seal, decode_page
 from bus.replies import Chunk, Result, decode_reply
 from chaos.promises import Promise, Violations
@@ -20,6 +21,7 @@ class Answer:
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.texts: list[str] = []
+        self.logprobs: list[TokenLogprobs] = []
         self.attempt = 0
         self.ends: list[tuple[int, str]] = []
 
@@ -29,6 +31,8 @@ class Observer:
 
     def __init__(self, violations: Violations, clock: Callable[[], float]) -> None:
         self.answers: dict[str, Answer] = {}
+        self.choices: dict[tuple[str, int], str] = {}
+        """The id inside the cell of one of several answers, by the request's id and its number."""
         self.records: list[Record] = []
         self.pages: list[Record] = []
         self.shown = 0
@@ -81,6 +85,7 @@ class Observer:
         answer.attempt = max(answer.attempt, part.attempt)
         answer.tokens += part.tokens
         answer.texts += part.texts
+        answer.logprobs += part.logprobs
         if part.end:
             answer.ends.append((part.attempt, part.end))
 
@@ -95,13 +100,19 @@ class Observer:
             return  # heartbeats' and operators' answers have forms of their own
         if isinstance(reply, Chunk):
             self.shown += 1
-            self._durable(process, reply.request, reply.position, reply.tokens, reply.text)
+            self._durable(process, reply)
             if reply.end in ("stop", "length"):
-                self._ends(process, reply.request, reply.next, reply.end)
+                self._ends(process, self._member(reply), reply.next, reply.end)
         elif isinstance(reply, Result) and reply.status == "ended" and reply.error is None:
-            self._durable(process, reply.request, 0, reply.tokens, reply.text)
+            whole = Chunk(reply.request, 0, reply.tokens, reply.text, logprobs=reply.logprobs)
+            for chunk in reply.choices or (whole,):
+                self._durable(process, chunk)
 
-    def _durable(self, process: str, request: str, position: int, tokens: tuple[int, ...], text: str) -> None:
+    def _member(self, chunk: Chunk) -> str:
+        return self.choices.get((chunk.request, chunk.choice), chunk.request)
+
+    def _durable(self, process: str, chunk: Chunk) -> None:
+        request, position, tokens, text = self._member(chunk), chunk.position, chunk.tokens, chunk.text
         answer = self.answers.get(request, _NOTHING)
         end = position + len(tokens)
         if end > len(answer.tokens):
@@ -112,6 +123,9 @@ class Observer:
             self.violation(Promise.NEVER_CHANGES, what)
         elif text != "".join(answer.texts[position:end]):
             what = f"{process} shows the text {text!r} at {position} of {request}, durable is another"
+            self.violation(Promise.NEVER_CHANGES, what)
+        elif list(chunk.logprobs) != answer.logprobs[position:end]:
+            what = f"{process} shows other logprobs at {position} of {request} than are durable"
             self.violation(Promise.NEVER_CHANGES, what)
 
     def _ends(self, process: str, request: str, positions: int, end: str) -> None:
@@ -127,7 +141,7 @@ class Observer:
         if chunk.position != expected:
             what = f"{reader} expected position {expected} of {chunk.request} and was given {chunk.position}"
             self.violation(Promise.IN_ORDER, what)
-        self._durable(reader, chunk.request, chunk.position, chunk.tokens, chunk.text)
+        self._durable(reader, chunk)
         return chunk.next
 
 

@@ -237,6 +237,8 @@ class World:
         plans = draw_plans(seeded("plans", self.options.seed), self.options)
         lines = [self._connect(f"client-{number}") for number in range(4)]
         for plan in plans:
+            for index, member in enumerate(plan.members):
+                self.observer.choices[plan.request, index] = member
             bus = lines[plan.number % 3]
             self.applications.append(Application(plan, bus, CELL, self.observer, self.note))
             if plan.twin:

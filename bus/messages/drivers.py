@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from bus.messages.envelope import Count, Digest, Message, Name, Positive, Text
 from bus.messages.placement import HeldModel, ModelCard
-from bus.messages.requests import Generation, ReplyTo, Span
+from bus.messages.requests import Choice, Generation, ReplyTo, Span
 
 Process = Annotated[int, Meta(ge=0)]
 
@@ -158,7 +158,8 @@ class ModelDetached(Message, frozen=True, tag="model.detached"):
 class StartSequence(Message, frozen=True, tag="sequence.start"):
     """Effect: decode this request from `position` on; prompt and earlier tokens stand at the cited sequences.
 
-    `generation`: the prompt itself where it is small.
+    `generation`: the prompt itself where it is small. `choice`: the seed is larger by its index, readers are shown the
+    family's id, and the worker ends nobody's stream.
 
     Answer: sequence.finished, sequence.refused, sequence.failed, each after the last page is acknowledged.
     """
@@ -171,6 +172,7 @@ class StartSequence(Message, frozen=True, tag="sequence.start"):
     history: tuple[Span, ...] = ()
     replies: tuple[ReplyTo, ...] = ()
     generation: Generation | None = None
+    choice: Choice | None = None
 
 
 class CancelSequence(Message, frozen=True, tag="sequence.cancel"):

@@ -64,6 +64,17 @@ def is_small(generation: Generation) -> bool:
     return size <= SMALL_CHARACTERS
 
 
+class Choice(msgspec.Struct, frozen=True):
+    """Which answer this is of a request that asks for several: number `index`, from 0, `of` so many.
+
+    Inside the cell each is a request of its own; the first has the id of the `family`, which is what clients name.
+    """
+
+    family: Name
+    index: Annotated[int, Meta(ge=0, lt=CHOICES_LIMIT)]
+    of: Annotated[int, Meta(ge=2, le=CHOICES_LIMIT)]
+
+
 class ReplyTo(msgspec.Struct, frozen=True, omit_defaults=True):
     """Where chunks are shown: a subject, the first position wanted, the encoding, one reply or a stream."""
 
@@ -76,6 +87,11 @@ class ReplyTo(msgspec.Struct, frozen=True, omit_defaults=True):
 def request_id(client: str, key: str) -> str:
     """The identity of a request: the first 32 hexadecimal digits of SHA-256 over client, a zero byte, and key."""
     return hashlib.sha256(client.encode() + b"\0" + key.encode()).hexdigest()[:32]
+
+
+def choice_id(request: str, client: str, key: str, index: int) -> str:
+    """The id inside the cell of one answer of `request`, which has this client and key; no key has a zero byte."""
+    return request_id(client, f"{key}\0{index}") if index else request
 
 
 # ---- facts ------------------------------------------------------------------------------------------------
@@ -123,7 +139,8 @@ class RequestsConfigured(Message, frozen=True, tag="requests.configured"):
 class PlaceRequest(Message, frozen=True, tag="request.place"):
     """requests > placement: this request wants a slot of a running instance of the model.
 
-    `accepted` orders the queue: a request that lost its worker goes before those that came after it.
+    `accepted` orders the queue: a request that lost its worker goes before those that came after it. The answers of one
+    request ask one after the other, in one step; they get into the queue together or not at all.
     """
 
     request: Name
@@ -131,6 +148,7 @@ class PlaceRequest(Message, frozen=True, tag="request.place"):
     model: Name
     accepted: Positive
     priority: Priority = 0
+    choice: Choice | None = None
 
 
 class RequestPlaced(Message, frozen=True, tag="request.placed"):
@@ -192,6 +210,7 @@ class RunSequence(Message, frozen=True, tag="sequence.run"):
     history: tuple[Span, ...] = ()
     replies: tuple[ReplyTo, ...] = ()
     generation: Generation | None = None
+    choice: Choice | None = None
 
 
 class StopSequence(Message, frozen=True, tag="sequence.stop"):
@@ -244,6 +263,7 @@ class ShowPositions(Message, frozen=True, tag="positions.show"):
     model: Name
     replies: tuple[ReplyTo, ...]
     spans: tuple[Span, ...]
+    choice: Choice | None = None
 
 
 class RequestEnded(Message, frozen=True, tag="request.ended"):
@@ -267,6 +287,20 @@ class RequestEnded(Message, frozen=True, tag="request.ended"):
     prompt_tokens: Count = 0
     attempts: Count = 0
     elapsed_ns: Count = 0
+    choice: Choice | None = None
+
+
+class ChoicesEnded(Message, frozen=True, tag="choices.ended"):
+    """requests > reader: every answer of a request that asks for several has ended; each end was said before.
+
+    Only this ends the streams of `replies`. Who wants one single reply gets it from `choices`, which are there for them
+    alone.
+    """
+
+    request: Name
+    model: Name
+    replies: tuple[ReplyTo, ...]
+    choices: tuple[RequestEnded, ...] = ()
 
 
 class ReaderRefused(Message, frozen=True, tag="reader.refused"):

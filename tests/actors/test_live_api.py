@@ -16,8 +16,8 @@ from actors.stub_node import MODEL
 from bus.answer import RequestFailed
 from bus.client import Client
 from bus.contract import NoResponders
-from bus.messages import request_id
-from bus.replies import Chunk, Result, Status, decode_reply
+from bus.messages import choice_id, request_id
+from bus.replies import Chunk, Result, Status, TokenCounts, WholeAnswers, decode_reply
 from bus.subjects import Subjects
 from tests.support.live_cell import CELL, LiveCell, live_cell
 
@@ -62,6 +62,8 @@ async def test_one_cell_keeps_the_contract(tmp_path: Path) -> None:
             a_deadline,
             resumed_and_read_again,
             one_key_one_answer,
+            the_fields_of_sampling,
+            several_answers,
             submitted,
             services_api,
             models_and_status,
@@ -102,6 +104,10 @@ async def refusals(cell: LiveCell) -> None:
         (infer, {"prompt": "x", "temprature": 1}, "400", "temperature"),
         (infer, {"tokens": [5000]}, "400", "vocabulary of 1000"),
         (infer, {"tokens": [1] * 9000}, "400", "context"),
+        (infer, {"prompt": "x", "n": 17}, "400", "n must be a whole number from 1 to 16"),
+        (infer, {"prompt": "x", "logprobs": 21}, "400", "logprobs must be a whole number from 0 to 20"),
+        (infer, {"prompt": "x", "stop_tokens": [1000]}, "400", "stop_tokens has token id 1000, outside"),
+        (infer, {"prompt": "x", "logit_bias": {"5000": 1}}, "400", "logit_bias has token id 5000, outside"),
         (infer, b"no json", "400", "JSON"),
         (infer, b"x" * 950_000, "413", "at most"),
         (SUBJECTS.resume("0" * 32), b"", "404", "no request"),
@@ -161,6 +167,76 @@ async def one_key_one_answer(cell: LiveCell) -> None:
     other = await replies(cell, SUBJECTS.infer(MODEL), body | {"prompt": "another"})
     refused, headers = other
     assert refused.error.code == "key_reused" and headers["Nats-Service-Error-Code"] == "409"
+
+
+async def the_fields_of_sampling(cell: LiveCell) -> None:
+    infer = SUBJECTS.infer(MODEL)
+    body = {"prompt": "fields", "max_tokens": 6, "seed": 3, "logprobs": 2, "key": "fields", "priority": 5}
+    (plain,) = await replies(cell, infer, {"prompt": "fields", "max_tokens": 6, "seed": 3, "stream": False})
+    streamed = [one for one in await replies(cell, infer, body) if isinstance(one, Chunk)]
+    assert [token for chunk in streamed for token in chunk.tokens] == list(plain.tokens)
+    logprobs = [one for chunk in streamed for one in chunk.logprobs]
+    assert len(logprobs) == 6 and all(one.alternatives[0].text.startswith("tok") for one in logprobs)
+    again = [
+        one for one in await replies(cell, SUBJECTS.resume(streamed[0].request), {"from": 2}) if isinstance(one, Chunk)
+    ]
+    assert [one for chunk in again for one in chunk.logprobs] == logprobs[2:]
+    assert list((await cell.client.result(streamed[0].request)).logprobs) == logprobs
+    banned = plain.tokens[0]
+    for more in ({"logit_bias": {str(banned): -100}}, {"logit_bias": {banned: -100}}):
+        asked = {"prompt": "fields", "max_tokens": 6, "seed": 3, "stream": False} | more
+        found = await replies(cell, infer, asked, msgpack=banned in more["logit_bias"])
+        assert banned not in found[0].tokens and found[0].tokens[1:] == plain.tokens[1:]
+    (ended,) = await replies(cell, infer, body | {"stop_tokens": [plain.tokens[2]], "stream": False, "key": "ended"})
+    assert (ended.end, ended.tokens) == ("stop", plain.tokens[:3])
+    (later,) = await replies(
+        cell, infer, body | {"stop_tokens": [plain.tokens[2]], "min_tokens": 4, "stream": False, "key": "later"}
+    )
+    assert len(later.tokens) == 6 and plain.tokens[2] not in later.tokens[:4]
+
+
+async def several_answers(cell: LiveCell) -> None:
+    infer, body = SUBJECTS.infer(MODEL), {"prompt": "many", "max_tokens": 5, "seed": 3, "client": "shop", "n": 3}
+    alone = []
+    for seed in (3, 4, 5):
+        asked = {"prompt": "many", "max_tokens": 5, "seed": seed, "stream": False}
+        alone.append((await replies(cell, infer, asked))[0].tokens)
+    name = request_id("shop", "many")
+    for msgpack, subject in ((False, infer), (True, infer), (False, SUBJECTS.resume(name))):
+        asked = body | {"key": "many"} if subject == infer else {}
+        found = [one for one in await replies(cell, subject, asked, msgpack=msgpack) if isinstance(one, Chunk)]
+        assert {chunk.request for chunk in found} == {name}
+        for choice, tokens in enumerate(alone):
+            mine = [chunk for chunk in found if chunk.choice == choice]
+            assert tuple(token for chunk in mine for token in chunk.tokens) == tokens
+            assert [(chunk.end, chunk.n) for chunk in mine if chunk.end] == [("length", 3)], "before the empty message"
+    inbox = cell.bus.new_inbox()
+    subscription = await cell.bus.subscribe(inbox)
+    async with asyncio.timeout(20):
+        for key in ("many", "many-2"):
+            asked = json.dumps(body | {"key": key, "stream": False}).encode()
+            await cell.bus.publish(infer, asked, reply=inbox)
+            whole = decode_reply((await subscription.next()).payload)
+            assert isinstance(whole, WholeAnswers) and [chunk.tokens for chunk in whole.choices] == alone
+            assert [chunk.choice for chunk in whole.choices] == [0, 1, 2]
+            assert whole.usage == TokenCounts(4, 15)
+    await subscription.close()
+    result = await cell.client.result(name)
+    assert [chunk.tokens for chunk in result.choices] == alone and (result.positions, result.end) == (15, "length")
+    answer = await cell.client.infer(MODEL, prompt="many", max_tokens=5, seed=3, n=3, key="many-3").whole()
+    assert [chunk.tokens for chunk in answer.choices] == alone and answer.usage == TokenCounts(4, 15)
+    resumed = await cell.client.resume(answer.request).whole()
+    assert resumed.choices == answer.choices
+    async with cell.client.infer(MODEL, prompt="cancel", max_tokens=500, n=2) as reading:
+        async for chunk in reading:
+            if chunk.position == 3:
+                await reading.cancel()
+                far = await cell.client.result(reading.request_id)
+                assert far.status == "ended" or len(far.choices) == 2
+    assert reading.end == "cancelled"
+    other = choice_id(name, "shop", "many", 1)
+    refused = (await replies(cell, SUBJECTS.result(other), b""))[0]
+    assert refused.status == "refused" and refused.error.code == "unknown_request"
 
 
 async def submitted(cell: LiveCell) -> None:

@@ -15,7 +15,7 @@ import msgspec
 from actors.cell import Cell, Step
 from actors.gpu import GpuState
 from actors.placement_state import PlacementState
-from actors.requests import RequestsState
+from actors.request_state import RequestsState
 from actors.rules import KNOWN_RULES
 from actors.store import StoreState
 from bus.contract import Record
@@ -26,6 +26,7 @@ from bus.messages import (
     CancelRequested,
     CancelSequence,
     CancelTaken,
+    ChoicesEnded,
     DeleteModel,
     DetachModel,
     DriverLost,
@@ -71,6 +72,7 @@ from bus.messages import (
     StoreStarted,
     TimerFired,
     WorkerStarted,
+    choice_id,
     decode_said,
     decode_said_body,
     encode,
@@ -468,6 +470,13 @@ class World(Bench):
                 self.seals.append(message)
             case RequestEnded():
                 self.hear_end(message)
+            case ChoicesEnded(request=request, choices=choices):
+                (asked,) = [one for one in self.requests if one.request == request][:1]
+                members = [choice_id(request, asked.client, asked.key, i) for i in range(asked.generation.n)]
+                assert all(member in self.ended for member in members), "the last word comes last"
+                assert [one.request for one in choices] == (members if choices else [])
+                for one in choices:
+                    self.hear_end(msgspec.structs.replace(one, replies=message.replies[:1]))
             case StepSkipped():
                 self.skipped.append(message)
             case _ if receiver.startswith("driver/"):
@@ -580,6 +589,9 @@ class World(Bench):
         deadline = tape.pick(250) * 20 + 1 if tape.one_in(6) else 0
         reply = ReplyTo(f"r{tape.pick(3)}") if tape.pick(2) else None
         request = accepted(f"k{len(known)}", model, reply=reply, deadline_ms=deadline)
+        if tape.one_in(4):
+            several = msgspec.structs.replace(request.generation, n=2 + tape.pick(2))
+            request = msgspec.structs.replace(request, generation=several)
         self.requests.append(request)
         self.alone("requests", request, "intake")
 
@@ -706,7 +718,7 @@ class World(Bench):
 
     def unfinished(self) -> list[str]:
         requests = self.requests_state.requests
-        return [r.request for r in self.requests if r.request in requests and requests[r.request].status != "ended"]
+        return [name for name, request in requests.items() if request.status != "ended"]
 
     @property
     def requests_state(self) -> RequestsState:
@@ -729,7 +741,12 @@ def check_invariants(cell: Cell) -> None:
     _check_devices(placement, gpus)
     _check_dram(stores, gpus)
     assert list(requests.ended) == [n for n in requests.ended if requests.requests[n].status == "ended"]
-    assert sum(r.status == "ended" for r in requests.requests.values()) == len(requests.ended)
+    over = [n for n, r in requests.requests.items() if requests.over(r.choice.family if r.choice else n)]
+    assert sorted(over) == sorted(requests.ended), "kept until all answers of a request have ended"
+    for family in requests.families.values():
+        known = [requests.requests[member] for member in family.members]
+        assert family.running == sum(member.status != "ended" for member in known)
+        assert family.running or not family.replies
     for link in cell.links.values():
         assert all(0 < number <= link.number for number in link.unanswered)
 
