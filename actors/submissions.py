@@ -21,6 +21,8 @@ from bus.subjects import Subjects
 
 DURABLE = "intake"
 FETCH = 64
+ACK_SECONDS = 1
+"""So long after it was handed to a control that does not acknowledge it, a submission is handed to another one."""
 RETRY_SECONDS = 1.0
 
 log = structlog.get_logger("longshore.submissions")
@@ -44,7 +46,9 @@ async def _take(bus: JetStreamBus, subjects: Subjects, intake: Intake) -> None:
     from nats.js.api import AckPolicy, ConsumerConfig
 
     stream = subjects.intake_stream
-    config = ConsumerConfig(durable_name=DURABLE, ack_policy=AckPolicy.EXPLICIT, ack_wait=30, max_ack_pending=1000)
+    config = ConsumerConfig(
+        durable_name=DURABLE, ack_policy=AckPolicy.EXPLICIT, ack_wait=ACK_SECONDS, max_ack_pending=1000
+    )
     jetstream = bus.raw.jetstream()
     await jetstream.add_consumer(stream, config)
     pull = await jetstream.pull_subscribe_bind(DURABLE, stream)

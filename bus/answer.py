@@ -8,7 +8,8 @@ What goes wrong, and what is done about it:
 * a reader slower than the cell                  what finds no room is dropped, and asked for when it is wanted
 * nobody listens, or nobody says anything        `RequestFailed` once patience is over
 
-Questions repeat after 50 ms, doubling up to 30 s while no new position comes; silence alone asks after `silence`.
+Questions repeat after 50 ms, doubling up to 30 s while no new position comes; silence alone asks after `silence`,
+no answer at all after `unanswered`.
 """
 
 from __future__ import annotations
@@ -62,9 +63,10 @@ class RequestFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """In seconds: `silence` until one asks again, `nobody` until no listener means that there is none, `total` at most
-    without a word."""
+    """In seconds: `unanswered` until a question without any answer is repeated (who took it may be dead), `silence`
+    until one asks again, `nobody` until no listener means that there is none, `total` at most without a word."""
 
+    unanswered: float = 0.5
     silence: float = 2.0
     nobody: float = 5.0
     total: float = 60.0
@@ -230,6 +232,8 @@ class Answer:
             self._wait = FIRST_WAIT_SECONDS
             self._prompted = True
         due = max(self._asked, self._moved) + max(self._patience.silence, self._wait)
+        if self._heard <= self._asked:
+            due = min(due, self._asked + max(self._patience.unanswered, self._wait))
         if self._inbox.dropped != self._dropped and not self._inbox.unread:
             self._dropped = self._inbox.dropped
             self._prompted = True

@@ -296,9 +296,10 @@ class Client:
         loop = asyncio.get_running_loop()
         started = loop.time()
         headers = self._headers if headers is None else headers
+        timeout = self._patience.unanswered if patient else ASK_SECONDS
         while True:
             try:
-                return (await self.bus.request(subject, payload, headers=headers, timeout=ASK_SECONDS)).payload
+                return (await self.bus.request(subject, payload, headers=headers, timeout=timeout)).payload
             except NoResponders:
                 if not patient or loop.time() - started >= self._patience.nobody:
                     message = f"nobody listens on {subject}: check the name of the cell, and that it is up"
@@ -306,6 +307,8 @@ class Client:
             except NoAnswer:
                 if not patient or loop.time() - started >= self._patience.total:
                     raise RequestFailed("no_answer", f"no answer on {subject}: try again") from None
+                timeout = min(2 * timeout, ASK_SECONDS)
+                continue
             except BusError as error:
                 raise RequestFailed("bus", str(error)) from None
             await asyncio.sleep(0.2)

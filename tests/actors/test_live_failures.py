@@ -47,12 +47,16 @@ class Reading:
     def __init__(self, client: Client, prompt: str, max_tokens: int) -> None:
         self.tokens: list[int] = []
         self.end = ""
+        self.slowest = 0.0
         self.moved = asyncio.Event()
         self.answer = client.infer(MODEL, prompt=prompt, max_tokens=max_tokens, temperature=0, seed=1)
         self.task = asyncio.ensure_future(self._read())
 
     async def _read(self) -> None:
+        loop = asyncio.get_running_loop()
+        before = loop.time()
         async for chunk in self.answer:
+            self.slowest, before = max(self.slowest, loop.time() - before), loop.time()
             assert chunk.position == len(self.tokens), "every position once and in order"
             self.tokens += chunk.tokens
             self.moved.set()
@@ -84,6 +88,7 @@ async def all_facts(cell: LiveCell) -> list[Record]:
 
 
 async def test_the_publishing_control_is_killed(tmp_path: Path) -> None:
+    """Nobody waits for more than a second longer: neither who reads, nor who asks at that moment or a moment later."""
     async with live_cell(tmp_path, controls=2, step_seconds=0.01) as cell:
         client = cell.client
         expected = await undisturbed(client, ["warm 1", "warm 2"], 8)
@@ -92,10 +97,16 @@ async def test_the_publishing_control_is_killed(tmp_path: Path) -> None:
             await reading.reach(5)
         publishers = await publishers_of(cell)
         victim = publishers.most_common(1)[0][0]
-        await kill_control(cell, victim)
-        later = [Reading(client, f"later {i}", 20) for i in range(6)]
+        usual = max(reading.slowest for reading in readings)
+        killing = asyncio.ensure_future(kill_control(cell, victim))
+        later = []
+        for number in range(40):
+            later.append(Reading(client, f"later {number}", 5))
+            await asyncio.sleep(0.01)
+        await killing
         await asyncio.gather(*(reading.task for reading in (*readings, *later)))
         assert all(reading.end == "length" for reading in (*readings, *later))
+        assert max(reading.slowest for reading in (*readings, *later)) < usual + 1.0
         assert [len(reading.tokens) for reading in readings] == [60] * 12
         again = await undisturbed(client, list(expected), 8)
         assert again == expected
