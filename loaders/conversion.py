@@ -73,7 +73,7 @@ def load_module_state(source: SourceCheckpoint, examiner: Examiner | None = None
         _check_tokenizer(source.directory)
         if examiner and not encoder:
             examiner.configuration(config)
-        model = _load(source.directory, dtype, encoder=encoder)
+        model = _load(source, dtype, encoder=encoder)
         if examiner and not encoder:
             examiner.module(model)
         state = _state_of(model, source.directory)
@@ -171,7 +171,8 @@ def quiet_transformers() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _load(directory: Path, dtype: torch.dtype, *, encoder: bool) -> Any:
+def _load(source: SourceCheckpoint, dtype: torch.dtype, *, encoder: bool) -> Any:
+    directory = source.directory
     try:
         loader: Any = _builder(encoder)
         model, found = loader.from_pretrained(
@@ -179,7 +180,8 @@ def _load(directory: Path, dtype: torch.dtype, *, encoder: bool) -> Any:
             dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
-            use_safetensors=True,
+            use_safetensors=not source.pickled,
+            weights_only=True,
             # Not to accept them: so that they are named below, beside what is missing, instead of in a traceback.
             ignore_mismatched_sizes=True,
             output_loading_info=True,

@@ -16,11 +16,14 @@ from loaders.header import TensorRecord, read_header
 from loaders.layout import PADDING_PREFIX
 from loaders.manifest import COMPANION_LIMIT_BYTES
 from loaders.packed import WEIGHTS_NAME
+from loaders.pickled import read_pickled
 from loaders.reading import read_bounded, require_plain_name
 
 CONFIG_LIMIT_BYTES = 16 << 20
 INDEX_LIMIT_BYTES = 128 << 20
 INDEX_NAME = "model.safetensors.index.json"
+PICKLED_NAME = "pytorch_model.bin"
+PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
 
 # Any one of these is enough to make a tokenizer from.
 TOKENIZER_NAMES = (
@@ -58,6 +61,8 @@ class SourceCheckpoint:
     """The tensors of all shards, sorted by name; offsets are within their shard. Padding of a packed source is left
     out.
     """
+    pickled: bool = False
+    """The weights are `.bin` files of PyTorch and not safetensors."""
 
     @property
     def bytes(self) -> int:
@@ -86,12 +91,13 @@ def inspect_source(directory: Path) -> SourceCheckpoint:
         raise CheckpointError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint")
     config = _read_object(config_path, CONFIG_LIMIT_BYTES)
     tensors: list[TensorRecord] = []
-    for path, expected in _shards(directory):
-        records = read_header(path).tensors
+    shards, pickled = _shards(directory)
+    for path, expected in shards:
+        records = read_pickled(path) if pickled else read_header(path).tensors
         missing = sorted(expected - {record.name for record in records})
         if missing:
             raise CheckpointError(
-                f"{path} lacks {enumerate_some(missing)}, which {INDEX_NAME} says it holds; get it again"
+                f"{path} lacks {enumerate_some(missing)}, which the index says it holds; get it again"
             )
         tensors += [record for record in records if not record.name.startswith(PADDING_PREFIX)]
     names = sorted(record.name for record in tensors)
@@ -104,7 +110,7 @@ def inspect_source(directory: Path) -> SourceCheckpoint:
         raise CheckpointError(
             f"{directory} has no tokenizer (such as tokenizer.json); copy it there from the model's source"
         )
-    return SourceCheckpoint(directory, config, tuple(sorted(tensors, key=lambda record: record.name)))
+    return SourceCheckpoint(directory, config, tuple(sorted(tensors, key=lambda record: record.name)), pickled)
 
 
 def read_companions(directory: Path) -> dict[str, bytes]:
@@ -117,16 +123,25 @@ def read_companions(directory: Path) -> dict[str, bytes]:
     }
 
 
-def _shards(directory: Path) -> list[tuple[Path, set[str]]]:
-    """Every file with weights, and the tensors that the index expects in it (none is expected without an index)."""
-    single = directory / WEIGHTS_NAME
-    if single.exists():
-        return [(single, set())]
-    index_path = directory / INDEX_NAME
-    if not index_path.exists():
-        others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.gguf") for path in directory.glob(pattern))
-        hint = f"; {quote(others[0])} is not read, convert it to safetensors first" if others else ""
-        raise CheckpointError(f"{directory} has no weights ({WEIGHTS_NAME} or {INDEX_NAME}){hint}")
+def _shards(directory: Path) -> tuple[list[tuple[Path, set[str]]], bool]:
+    """Every file with weights, and the tensors that the index expects in it (none is expected without an index); and
+    whether these are pickles. Safetensors are preferred where both are there.
+    """
+    for single, index, pickled in (
+        (WEIGHTS_NAME, INDEX_NAME, False),
+        (PICKLED_NAME, PICKLED_INDEX_NAME, True),
+    ):
+        if (directory / single).exists():
+            return [(directory / single, set())], pickled
+        if (directory / index).exists():
+            return _indexed(directory, directory / index), pickled
+    others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.gguf") for path in directory.glob(pattern))
+    hint = f"; {quote(others[0])} is not read, convert it to safetensors first" if others else ""
+    raise CheckpointError(f"{directory} has no weights ({WEIGHTS_NAME}, {INDEX_NAME} or {PICKLED_NAME}){hint}")
+
+
+def _indexed(directory: Path, index_path: Path) -> list[tuple[Path, set[str]]]:
+    """The shards that an index names, all of them there."""
     weight_map = _read_object(index_path, INDEX_LIMIT_BYTES).get("weight_map")
     if type(weight_map) is not dict or not weight_map or not all(type(name) is str for name in weight_map.values()):
         raise CheckpointError(f"{index_path} has no weight_map from tensors to files; download it again")
@@ -136,7 +151,7 @@ def _shards(directory: Path) -> list[tuple[Path, set[str]]]:
     for name in sorted(expected):
         if not (directory / name).exists():
             raise CheckpointError(
-                f"{directory} lacks the shard {quote(name)} that {INDEX_NAME} names; download it again"
+                f"{directory} lacks the shard {quote(name)} that {index_path.name} names; download it again"
             )
     return [(directory / name, expected[name]) for name in sorted(expected)]
 

@@ -47,9 +47,9 @@ def without_weights(source: Path) -> None:
         path.unlink()
 
 
-def pickled_weights(source: Path) -> None:
+def weights_of_another_kind(source: Path) -> None:
     without_weights(source)
-    (source / "pytorch_model.bin").write_bytes(b"x")
+    (source / "model.gguf").write_bytes(b"x")
 
 
 def truncated_shard(source: Path) -> None:
@@ -150,7 +150,7 @@ def lying_shard(source: Path) -> None:
         (broken_config, r"config\.json is not valid JSON"),
         (config_of_megabytes, r"config\.json has \d+ bytes, more than"),
         (without_weights, "has no weights"),
-        (pickled_weights, r"pytorch_model\.bin' is not read"),
+        (weights_of_another_kind, r"model\.gguf' is not read"),
         (truncated_shard, r"model-00002-of-\d+\.safetensors is truncated"),
         (empty_shard, "has 0 bytes"),
         (missing_shard, "lacks the shard 'model-00002"),
