@@ -118,7 +118,7 @@ def larger_than_its_storage(path: Path, touched: Path) -> None:
     [
         (malicious, "holds more than tensors, and what a pickle asks to be run is not run"),
         (malicious_legacy, "holds more than tensors, and what a pickle asks to be run is not run"),
-        (bare_pickle, "holds more than tensors"),
+        (bare_pickle, "is damaged or no file"),
         (whole_module, "holds more than tensors"),
         (no_tensor, "holds 'epoch', which is no tensor"),
         (no_names, "holds no tensors by name"),
