@@ -83,20 +83,24 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(
             f"{directory} is not a packed checkpoint (it has no {MANIFEST_NAME}); pack the source first"
         )
-    content = read_bounded(path, MANIFEST_LIMIT_BYTES)
+    return parse_manifest(read_bounded(path, MANIFEST_LIMIT_BYTES), path)
+
+
+def parse_manifest(content: bytes, where: Path | str) -> Manifest:
+    """The manifest in these bytes, which came from `where`. CheckpointError as of `read_manifest`."""
     try:
         version = msgspec.json.decode(content, type=_Version).format_version
         if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path} has format version {version}, this program reads {FORMAT_VERSION}; pack again"
+                f"{where} has format version {version}, this program reads {FORMAT_VERSION}; pack again"
             )
         manifest = msgspec.json.decode(content, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a valid manifest ({error}); pack the checkpoint again") from error
+        raise CheckpointError(f"{where} is not a valid manifest ({error}); pack the checkpoint again") from error
     if f"{_own_checksum(manifest):016x}" != manifest.checksum:
-        raise CheckpointError(f"{path} is damaged (its checksum differs); pack the checkpoint again")
+        raise CheckpointError(f"{where} is damaged (its checksum differs); pack the checkpoint again")
     for name in manifest.files:
-        require_companion_name(name, str(path))
+        require_companion_name(name, str(where))
     return manifest
 
 

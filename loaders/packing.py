@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import msgspec
 import xxhash
 
 from loaders import storage
+from loaders.destination import check_replaceable, check_space
 from loaders.errors import CheckpointError
 from loaders.header import TensorRecord
 from loaders.layout import PADDING_PREFIX, TensorShape, arrange
@@ -68,7 +68,7 @@ def pack_checkpoint(
     data_bytes = records[-1].end
     chunks = -(-data_bytes // chunk_bytes)
     region_bytes = len(compose_packed_region(records, chunk_bytes, [0] * chunks, state.aliases, state.original_names))
-    _check_space(destination.parent, region_bytes + data_bytes + sum(map(len, companions.values())))
+    check_space(destination.parent, region_bytes + data_bytes + sum(map(len, companions.values())))
     with storage.replacing_directory(destination) as temporary:
         writer = _WeightsWriter(temporary / WEIGHTS_NAME, region_bytes, data_bytes, chunk_bytes, progress)
         with writer:
@@ -233,20 +233,4 @@ def _check_destination(source: Path, destination: Path) -> None:
     """Never replace what is not a packed checkpoint, and never the source itself."""
     if source.is_relative_to(destination):
         raise CheckpointError(f"{destination} is or contains the source; choose another destination")
-    if not destination.exists():
-        return
-    if not destination.is_dir():
-        raise CheckpointError(f"{destination} exists and is not a directory; choose another destination")
-    if any(destination.iterdir()) and not (destination / MANIFEST_NAME).exists():
-        raise CheckpointError(f"{destination} holds files that are no packed checkpoint; choose another destination")
-
-
-def _check_space(parent: Path, needed: int) -> None:
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise CheckpointError(
-            f"{parent}: the disk is full: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB "
-            "are free; free some space"
-        )
+    check_replaceable(destination)

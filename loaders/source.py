@@ -91,7 +91,7 @@ def inspect_source(directory: Path) -> SourceCheckpoint:
         raise CheckpointError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint")
     config = _read_object(config_path, CONFIG_LIMIT_BYTES)
     tensors: list[TensorRecord] = []
-    shards, pickled = _shards(directory)
+    shards, pickled = shards_of(directory)
     for path, expected in shards:
         records = read_pickled(path) if pickled else read_header(path).tensors
         missing = sorted(expected - {record.name for record in records})
@@ -123,7 +123,7 @@ def read_companions(directory: Path) -> dict[str, bytes]:
     }
 
 
-def _shards(directory: Path) -> tuple[list[tuple[Path, set[str]]], bool]:
+def shards_of(directory: Path) -> tuple[list[tuple[Path, set[str]]], bool]:
     """Every file with weights, and the tensors that the index expects in it (none is expected without an index); and
     whether these are pickles. Safetensors are preferred where both are there.
     """

@@ -1,0 +1,295 @@
+"""Loading a checkpoint from disk into memory, as fast as the disk is: for a store, or for anyone's script.
+
+    with load_checkpoint("packed/qwen3") as loaded:
+        tensors, report = loaded.tensors, loaded.report
+
+Threads take piece after piece: read, then check while it is warm in the cache. Both run without the interpreter lock.
+Pieces come in the order of first use, so that computing may begin before the end (`CheckpointLoad.wait`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+import torch
+
+from loaders.direct import LargeFile, Way, best_way
+from loaders.dtypes import DTYPE_OF_NAME
+from loaders.errors import CheckpointError
+from loaders.memory import Block, MemoryPool
+from loaders.packed import checksum_of
+from loaders.plan import DIRECT_BYTES, LoadPlan, is_aligned, plan_load
+
+READ_THREADS = 4
+SLOW_DISK_BYTES_PER_SECOND = 1e9
+"""A disk below this is worth a word: any NVMe reads faster."""
+
+Progress = Callable[[int, int], None]
+
+
+class StageReport(msgspec.Struct, frozen=True):
+    """One stage of a load: the seconds that its threads were busy together, over how many threads."""
+
+    seconds: float
+    threads: int
+    bytes: int
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """What this stage alone would have reached with its threads busy all the time."""
+        return self.bytes * self.threads / self.seconds / 1e9 if self.seconds > 0 else float("inf")
+
+
+class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a load did. `limit` names the slowest stage, `advice` what would make it faster, if anything."""
+
+    source: str
+    bytes: int
+    seconds: float
+    gigabytes_per_second: float
+    way: str
+    """How the files were read: direct, buffered (they lay in the page cache), or mixed."""
+    verified: bool
+    huge_pages: bool
+    """Whether the system was willing to back the memory with huge pages."""
+    stages: dict[str, StageReport]
+    limit: str
+    advice: str = ""
+
+
+class CheckpointLoad:
+    """A load under way. `tensors` are views of its memory from the beginning; their numbers are there after `wait`.
+
+    `tensors` are writable and private to this process. They stay valid as long as anything refers to them.
+    """
+
+    def __init__(
+        self,
+        plan: LoadPlan,
+        block: Block,
+        *,
+        ways: Iterable[Way],
+        threads: int = READ_THREADS,
+        huge: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self._began = time.perf_counter()
+        self._plan, self._block, self._huge, self._progress = plan, block, huge, progress
+        self._done = [False] * len(plan.pieces)
+        self._done_bytes = 0
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._cancelled = False
+        self._read_seconds = self._check_seconds = 0.0
+        self._ended_at = 0.0
+        self._files: list[LargeFile] = []
+        try:
+            for path, way in zip(plan.files, ways, strict=True):
+                self._files.append(LargeFile(path, way))
+        except BaseException:
+            self._close_files()
+            raise
+        self.tensors = self._view()
+        self._threads = max(1, min(threads, len(plan.pieces)))
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="load")
+        self._left = len(plan.pieces)
+        for index in range(len(plan.pieces)):
+            self._pool.submit(self._piece, index)
+        self._pool.shutdown(wait=False)
+
+    def wait(self, names: Iterable[str]) -> None:
+        """Until the bytes of these tensors are there and checked. Raises CheckpointError where that will not be."""
+        wanted = self._pieces_of(names)
+        with self._changed:
+            self._changed.wait_for(lambda: self._error is not None or all(self._done[index] for index in wanted))
+            if self._error is not None and not all(self._done[index] for index in wanted):
+                raise self._error
+
+    def finish(self) -> LoadReport:
+        """Until everything is there; what it took. Raises CheckpointError, and then nothing of it may be used."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._left)
+        self._pool.shutdown(wait=True)
+        self._close_files()
+        if self._error is not None:
+            self.tensors = {}
+            raise self._error
+        self._settle_misaligned()
+        return self._report()
+
+    def cancel(self) -> None:
+        """Stop reading; `wait` and `finish` raise. What is being read is read to its end, nothing new is begun."""
+        with self._changed:
+            self._cancelled = True
+            self._fail(CheckpointError(f"loading {self._plan.directory} was cancelled"))
+
+    # ---- threads ----------------------------------------------------------------------------------------------
+
+    def _piece(self, index: int) -> None:
+        error: BaseException | None = None
+        began = read = time.perf_counter()
+        if self._error is None:
+            try:
+                piece = self._plan.pieces[index]
+                room = -(-piece.count // DIRECT_BYTES) * DIRECT_BYTES
+                memory = self._block.memory[piece.place : piece.place + room]
+                self._files[piece.file].read(memory, piece.offset, piece.count)
+                read = time.perf_counter()
+                if piece.checksum is not None and checksum_of(memory[: piece.count]) != piece.checksum:
+                    error = CheckpointError(
+                        f"{self._plan.files[piece.file]}: {self._plan.describe(index)} is damaged (its checksum "
+                        "differs); pack or copy the checkpoint again"
+                    )
+            except BaseException as raised:
+                error = raised
+        ended = time.perf_counter()
+        with self._changed:
+            self._left -= 1
+            if error is not None:
+                self._fail(error)
+            elif self._error is None:
+                self._done[index] = True
+                self._done_bytes += self._plan.pieces[index].count
+                self._read_seconds += read - began
+                self._check_seconds += ended - read
+                if self._progress is not None:
+                    self._progress(self._done_bytes, self._plan.bytes)
+            self._ended_at = ended
+            self._changed.notify_all()
+
+    def _fail(self, error: BaseException) -> None:
+        self._error = self._error or error
+        self._changed.notify_all()
+
+    # ---- tensors ----------------------------------------------------------------------------------------------
+
+    def _view(self) -> dict[str, torch.Tensor]:
+        data = torch.frombuffer(self._block.base, dtype=torch.uint8, count=self._block.bytes)
+        tensors: dict[str, torch.Tensor] = {}
+        for placed in self._plan.tensors:
+            dtype = DTYPE_OF_NAME[placed.dtype]
+            if not is_aligned(placed):
+                tensors[placed.name] = torch.empty(placed.shape, dtype=dtype)
+                continue
+            tensors[placed.name] = data[placed.begin : placed.end].view(dtype).view(placed.shape)
+        for alias, name in self._plan.aliases.items():
+            tensors[alias] = tensors[name]
+        return tensors
+
+    def _settle_misaligned(self) -> None:
+        """Tensors that stand where their dtype may not be viewed are copied out; plain files may have such."""
+        for placed in self._plan.tensors:
+            if not is_aligned(placed):
+                target = self.tensors[placed.name].view(-1).view(torch.uint8)
+                data = torch.frombuffer(self._block.base, dtype=torch.uint8, count=self._block.bytes)
+                target.copy_(data[placed.begin : placed.end])
+
+    def _pieces_of(self, names: Iterable[str]) -> list[int]:
+        places = {tensor.name: tensor for tensor in self._plan.tensors}
+        wanted = [places[self._plan.aliases.get(name, name)] for name in names]
+        return [
+            index
+            for index, piece in enumerate(self._plan.pieces)
+            if any(tensor.begin < piece.place + piece.count and tensor.end > piece.place for tensor in wanted)
+        ]
+
+    # ---- the report -------------------------------------------------------------------------------------------
+
+    def _report(self) -> LoadReport:
+        seconds = max(1e-9, self._ended_at - self._began)
+        count = self._plan.bytes
+        stages = {"read": StageReport(self._read_seconds, self._threads, count)}
+        verified = any(piece.checksum is not None for piece in self._plan.pieces)
+        if verified:
+            stages["checksum"] = StageReport(self._check_seconds, self._threads, count)
+        limit = max(stages, key=lambda name: stages[name].seconds)
+        ways = {file.way for file in self._files}
+        way = ways.pop() if len(ways) == 1 else "mixed"
+        rate = count / seconds
+        advice = ""
+        if limit == "read" and way == "direct" and rate < SLOW_DISK_BYTES_PER_SECOND:
+            advice = f"the disk was the limit: it gave {rate / 1e9:.2f} GB/s"
+        return LoadReport(
+            source=str(self._plan.directory),
+            bytes=count,
+            seconds=seconds,
+            gigabytes_per_second=rate / 1e9,
+            way=way,
+            verified=verified,
+            huge_pages=self._huge,
+            stages=stages,
+            limit=limit,
+            advice=advice,
+        )
+
+    def _close_files(self) -> None:
+        for file in self._files:
+            file.close()
+
+
+class LoadedCheckpoint:
+    """The tensors of a checkpoint, by the names of its files, and the report of how they came."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], report: LoadReport) -> None:
+        self.tensors = tensors
+        self.report = report
+
+    def close(self) -> None:
+        """Let go of the tensors; memory goes back to its pool with the last of them."""
+        self.tensors = {}
+
+    def __enter__(self) -> LoadedCheckpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def start_load(
+    directory: Path | str,
+    *,
+    verify: bool = True,
+    pool: MemoryPool | None = None,
+    threads: int = READ_THREADS,
+    way: Way | None = None,
+    progress: Progress | None = None,
+) -> CheckpointLoad:
+    """Begin a load and return at once; see `load_checkpoint`."""
+    plan = plan_load(Path(directory), verify=verify)
+    ways = [way or best_way(path) for path in plan.files]
+    memory = pool or MemoryPool(plan.memory_bytes, populate=False)
+    return CheckpointLoad(
+        plan, memory.take(plan.memory_bytes), ways=ways, threads=threads, huge=memory.huge, progress=progress
+    )
+
+
+def load_checkpoint(
+    directory: Path | str,
+    *,
+    verify: bool = True,
+    pool: MemoryPool | None = None,
+    threads: int = READ_THREADS,
+    way: Way | None = None,
+    progress: Progress | None = None,
+) -> LoadedCheckpoint:
+    """All tensors of a packed directory, or of a plain one with safetensors, in memory, with a report.
+
+    Names are those of the files: a packed directory has the module's own. `pool` is memory that is faulted in already
+    and is used again: with it a load is as fast as the disk from the first byte. `way` is chosen by where the files
+    lie. Raises CheckpointError: nothing half-loaded is ever returned.
+    """
+    load = start_load(directory, verify=verify, pool=pool, threads=threads, way=way, progress=progress)
+    try:
+        report = load.finish()
+    except BaseException:
+        load.cancel()
+        raise
+    return LoadedCheckpoint(load.tensors, report)

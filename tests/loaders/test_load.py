@@ -1,0 +1,239 @@
+"""Loads from disk into memory: equal to the files by any way, in order, and never half done when something fails."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loaders import CheckpointError, Manifest, open_checkpoint
+from loaders import direct as direct_module
+from loaders.direct import Way
+from loaders.load import load_checkpoint, start_load
+from loaders.memory import HUGE_PAGE_BYTES, MemoryPool
+from loaders.plan import plan_load
+
+Packed = Callable[[str], tuple[Path, Manifest]]
+WAYS: tuple[Way, ...] = ("direct", "buffered")
+REAL_READ = direct_module.read_some
+
+
+def same(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor), name
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "mixtral"])
+def test_a_packed_directory_by_either_way(name: str, way: Way, packed: Packed) -> None:
+    directory, manifest = packed(name)
+    loaded = load_checkpoint(directory, way=way)
+    same(loaded.tensors, open_checkpoint(directory).tensors)
+    report = loaded.report
+    assert report.verified and report.bytes == manifest.bytes - plan_load(directory).pieces[0].offset
+    assert set(report.stages) == {"read", "checksum"} and report.limit in report.stages
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_plain_directory_of_several_shards(way: Way, sources: Callable[[str], Path]) -> None:
+    directory = sources("llama")
+    shards = sorted(directory.glob("*.safetensors"))
+    assert len(shards) > 1
+    expected = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    loaded = load_checkpoint(directory, way=way)
+    same(loaded.tensors, expected)
+    assert not loaded.report.verified, "nobody vouches for the bytes of a plain file"
+
+
+def test_tensors_that_stand_badly_are_copied(tmp_path: Path, sources: Callable[[str], Path]) -> None:
+    tensors = {"a": torch.arange(3, dtype=torch.uint8), "b": torch.arange(5, dtype=torch.float32)}
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((sources("llama") / name).read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors")
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    # One space more in the header: every tensor moves by a byte, which the format allows.
+    length = int.from_bytes(raw[:8], "little")
+    moved = (length + 1).to_bytes(8, "little") + raw[8 : 8 + length] + b" " + raw[8 + length :]
+    (tmp_path / "model.safetensors").write_bytes(moved)
+    same(load_checkpoint(tmp_path).tensors, tensors)
+
+
+def test_tensors_may_be_written_and_the_file_stays(packed: Packed) -> None:
+    directory, _ = packed("llama")
+    before = (directory / "model.safetensors").read_bytes()
+    loaded = load_checkpoint(directory)
+    loaded.tensors["model.norm.weight"].add_(1)
+    assert (directory / "model.safetensors").read_bytes() == before
+
+
+def test_a_pool_is_used_again_once_nothing_views_its_memory(packed: Packed) -> None:
+    directory, _ = packed("llama")
+    needed = plan_load(directory).memory_bytes
+    pool = MemoryPool(needed)
+    loaded = load_checkpoint(directory, pool=pool)
+    kept = loaded.tensors["model.norm.weight"]
+    loaded.close()
+    del loaded
+    gc.collect()
+    with pytest.raises(CheckpointError, match="no room"):
+        load_checkpoint(directory, pool=pool)
+    assert torch.equal(kept, torch.ones(64))
+    del kept
+    gc.collect()
+    assert pool.free_bytes == pool.capacity_bytes
+    load_checkpoint(directory, pool=pool).close()
+
+
+def test_blocks_of_a_pool_do_not_overlap_and_free_pieces_join() -> None:
+    pool = MemoryPool(4 * HUGE_PAGE_BYTES, populate=False)
+    blocks = [pool.take(HUGE_PAGE_BYTES) for _ in range(4)]
+    for value, block in enumerate(blocks):
+        block.memory[:] = bytes([value]) * HUGE_PAGE_BYTES
+        assert block.address % HUGE_PAGE_BYTES == 0
+    assert [block.memory[7] for block in blocks] == [0, 1, 2, 3]
+    with pytest.raises(CheckpointError, match="no room"):
+        pool.take(1)
+    del blocks[2], blocks[1], block
+    whole = pool.take(2 * HUGE_PAGE_BYTES)
+    assert whole.bytes == 2 * HUGE_PAGE_BYTES
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 1 << 60])
+def test_a_pool_that_cannot_be(capacity: int) -> None:
+    with pytest.raises(CheckpointError, match=r"pool|memory"):
+        MemoryPool(capacity)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_error_of_the_disk_at_every_read_in_turn(way: Way, packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, _ = packed("qwen3")
+    pieces = len(plan_load(directory).pieces)
+    assert pieces > 2
+    for failing in range(pieces):
+        count = iter(range(10**6))
+
+        def read(
+            descriptor: int, memory: memoryview, offset: int, failing: int = failing, count: object = count
+        ) -> int:
+            if next(count) == failing:  # type: ignore[call-overload]
+                raise OSError(errno.EIO, "broken")
+            return REAL_READ(descriptor, memory, offset)
+
+        monkeypatch.setattr(direct_module, "read_some", read)
+        with pytest.raises(CheckpointError, match=r"model.safetensors: bytes .* cannot be read: Input/output error"):
+            load_checkpoint(directory, way=way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_short_reads_are_continued(way: Way, packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, _ = packed("llama")
+
+    def read(descriptor: int, memory: memoryview, offset: int) -> int:
+        step = 4096 if way == "direct" else 4099
+        return REAL_READ(descriptor, memory[:step], offset)
+
+    monkeypatch.setattr(direct_module, "read_some", read)
+    loaded = load_checkpoint(directory, way=way)
+    same(loaded.tensors, open_checkpoint(directory).tensors)
+
+
+def test_a_file_system_without_direct_reads(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, _ = packed("llama")
+    refused = 0
+
+    def read(descriptor: int, memory: memoryview, offset: int) -> int:
+        nonlocal refused
+        if os.get_blocking(descriptor):  # ours for buffered reads does not block
+            refused += 1
+            raise OSError(errno.EINVAL, "no direct reads here")
+        return REAL_READ(descriptor, memory, offset)
+
+    monkeypatch.setattr(direct_module, "read_some", read)
+    loaded = load_checkpoint(directory, way="direct")
+    assert refused and loaded.report.way == "buffered"
+    same(loaded.tensors, open_checkpoint(directory).tensors)
+
+
+def test_a_file_that_shrinks_while_it_is_read(packed_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = packed_copy / "model.safetensors"
+    size = path.stat().st_size
+
+    def read(descriptor: int, memory: memoryview, offset: int) -> int:
+        os.truncate(path, size // 2)
+        return REAL_READ(descriptor, memory, offset)
+
+    monkeypatch.setattr(direct_module, "read_some", read)
+    with pytest.raises(CheckpointError, match=r"ends at byte|damaged"):
+        load_checkpoint(packed_copy, way="buffered")
+
+
+def test_a_flipped_bit_is_named_with_chunk_and_tensors(packed_copy: Path) -> None:
+    path = packed_copy / "model.safetensors"
+    with path.open("r+b") as file:
+        file.seek(-70_000, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-70_000, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(CheckpointError, match=r"chunk \d+ of \d+ \(with .*damaged"):
+        load_checkpoint(packed_copy)
+    load_checkpoint(packed_copy, verify=False)
+
+
+def test_the_first_tensors_are_there_before_the_last(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    directory, _ = packed("llama")
+    plan = plan_load(directory)
+    gate = threading.Event()
+
+    def read(descriptor: int, memory: memoryview, offset: int) -> int:
+        if offset >= plan.pieces[-1].offset:
+            gate.wait(30)
+        return REAL_READ(descriptor, memory, offset)
+
+    monkeypatch.setattr(direct_module, "read_some", read)
+    load = start_load(directory, threads=2)
+    try:
+        load.wait(["model.embed_tokens.weight"])
+        expected = open_checkpoint(directory).tensors
+        assert torch.equal(load.tensors["model.embed_tokens.weight"], expected["model.embed_tokens.weight"])
+        assert not gate.is_set()
+    finally:
+        gate.set()
+    load.wait(["lm_head.weight"])
+    load.finish()
+    same(load.tensors, expected)
+
+
+def test_a_load_that_is_cancelled_ends_and_gives_nothing(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    directory, _ = packed("llama")
+    entered, gate = threading.Event(), threading.Event()
+
+    def read(descriptor: int, memory: memoryview, offset: int) -> int:
+        entered.set()
+        gate.wait(30)
+        return REAL_READ(descriptor, memory, offset)
+
+    monkeypatch.setattr(direct_module, "read_some", read)
+    pool = MemoryPool(plan_load(directory).memory_bytes, populate=False)
+    load = start_load(directory, pool=pool, threads=2)
+    assert entered.wait(30)
+    load.cancel()
+    gate.set()
+    with pytest.raises(CheckpointError, match="cancelled"):
+        load.wait(["lm_head.weight"])
+    with pytest.raises(CheckpointError, match="cancelled"):
+        load.finish()
+    assert not load.tensors
+    del load
+    gc.collect()
+    assert pool.free_bytes == pool.capacity_bytes
