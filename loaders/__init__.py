@@ -1,7 +1,7 @@
 """How weights move: the packed checkpoint layout, its verification, and the tiers.
 
-The public names are loaded when they are first used, so that `import loaders` costs nothing and only
-`pack_checkpoint` and `open_checkpoint` bring torch.
+The public names are loaded when they are first used, so that `import loaders` costs nothing, and only those that make
+tensors bring torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loaders.checkpoint import MappedCheckpoint, open_checkpoint
     from loaders.errors import CheckpointError
+    from loaders.fetch import FetchReport, fetch_checkpoint
+    from loaders.load import LoadedCheckpoint, LoadReport, load_checkpoint, start_load
     from loaders.manifest import CompanionFile, Manifest, read_manifest
+    from loaders.memory import MemoryPool
     from loaders.packing import pack_checkpoint
     from loaders.verification import (
         Report,
@@ -25,30 +28,44 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "CompanionFile",
+    "FetchReport",
+    "LoadReport",
+    "LoadedCheckpoint",
     "Manifest",
     "MappedCheckpoint",
+    "MemoryPool",
     "Report",
+    "fetch_checkpoint",
+    "load_checkpoint",
     "open_checkpoint",
     "pack_checkpoint",
     "populate_checkpoint",
     "read_manifest",
     "release_checkpoint",
     "resident_bytes",
+    "start_load",
     "verify_checkpoint",
 ]
 
 _HOMES = {
     "CheckpointError": "loaders.errors",
     "CompanionFile": "loaders.manifest",
+    "FetchReport": "loaders.fetch",
+    "LoadReport": "loaders.load",
+    "LoadedCheckpoint": "loaders.load",
     "Manifest": "loaders.manifest",
     "MappedCheckpoint": "loaders.checkpoint",
+    "MemoryPool": "loaders.memory",
     "Report": "loaders.verification",
+    "fetch_checkpoint": "loaders.fetch",
+    "load_checkpoint": "loaders.load",
     "open_checkpoint": "loaders.checkpoint",
     "pack_checkpoint": "loaders.packing",
     "populate_checkpoint": "loaders.verification",
     "read_manifest": "loaders.manifest",
     "release_checkpoint": "loaders.verification",
     "resident_bytes": "loaders.verification",
+    "start_load": "loaders.load",
     "verify_checkpoint": "loaders.verification",
 }
 

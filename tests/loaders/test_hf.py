@@ -1,0 +1,65 @@
+"""The drop-in for `from_pretrained`: the same model as transformers itself loads, without another copy."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from loaders import CheckpointError, Manifest
+from loaders.hf import from_pretrained, report_of
+
+Packed = Callable[[str], tuple[Path, Manifest]]
+TOKENS = torch.tensor([[1, 5, 9, 40, 3]])
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "mixtral"])
+def test_the_same_model_as_transformers_loads(
+    name: str, plain: bool, packed: Packed, sources: Callable[[str], Path]
+) -> None:
+    directory = sources(name) if plain else packed(name)[0]
+    expected = transformers.AutoModelForCausalLM.from_pretrained(sources(name)).eval()
+    model = from_pretrained(directory)
+    assert type(model) is type(expected) and model.dtype == expected.dtype and not model.training
+    theirs = expected.state_dict()
+    assert model.state_dict().keys() == theirs.keys()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, theirs[key]), key
+    with torch.inference_mode():
+        torch.testing.assert_close(model(TOKENS).logits, expected(TOKENS).logits)
+    assert report_of(model).bytes > 0
+    assert model.generation_config.to_dict() == expected.generation_config.to_dict()
+
+
+def test_parameters_are_the_bytes_that_were_read(packed: Packed) -> None:
+    model = from_pretrained(packed("llama")[0])
+    addresses = sorted(parameter.data_ptr() for parameter in model.parameters())
+    spread = addresses[-1] - addresses[0]
+    assert spread < 4 * sum(parameter.nbytes for parameter in model.parameters())
+    assert all(address % 256 == 0 for address in addresses)
+
+
+def test_other_classes_and_dtypes(packed: Packed) -> None:
+    directory, _ = packed("llama")
+    base = from_pretrained(directory, model_class=transformers.AutoModel, dtype=torch.float64)
+    assert type(base) is transformers.LlamaModel and base.dtype == torch.float64
+
+
+def test_what_does_not_fit_is_one_sentence(packed_copy: Path, packed: Packed, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no configuration"):
+        from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="knows no"):
+        from_pretrained(packed_copy, model_class=transformers.AutoModelForSeq2SeqLM)
+    # The weights of one model under the configuration of another.
+    shutil.copy(packed("llama")[0] / "config.json", tmp_path / "config.json")
+    other = Path(shutil.copytree(packed("gpt2")[0], tmp_path / "other"))
+    shutil.copy(tmp_path / "config.json", other / "config.json")
+    with pytest.raises(CheckpointError, match=r"fits|packed"):
+        from_pretrained(other)
+    with pytest.raises(CheckpointError, match="fits"):
+        from_pretrained(other, verify=False)
