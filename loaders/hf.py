@@ -15,11 +15,11 @@ from typing import Any
 
 from loaders.conversion import quiet_transformers
 from loaders.errors import CheckpointError
-from loaders.load import LoadReport, load_checkpoint
+from loaders.load import CheckpointLoad, LoadReport, start_load
 from loaders.memory import MemoryPool
 
-REPORT_ATTRIBUTE = "load_report"
-"""Where a loaded model carries its `LoadReport`."""
+LOAD_ATTRIBUTE = "checkpoint_load"
+"""Where a loaded model carries its `CheckpointLoad`."""
 
 
 def from_pretrained(
@@ -30,13 +30,16 @@ def from_pretrained(
     device: Any = None,
     verify: bool = True,
     pool: MemoryPool | None = None,
+    wait: bool = True,
     **options: Any,
 ) -> Any:
-    """The model of a directory in Hugging Face layout, for evaluation; its attribute `load_report` says how it came.
+    """The model of a directory in Hugging Face layout, for evaluation. `finish_loading` says how it came.
 
     `model_class` is a class of transformers, an Auto class included; by default the one that the configuration names.
-    `dtype` "auto" keeps the dtype of the weights. `options` go to transformers. Raises CheckpointError where weights
-    are missing, damaged or of another shape.
+    `dtype` "auto" keeps the dtype of the weights. `options` go to transformers. Without `wait` the model of a packed
+    directory comes back while its weights are on their way: a forward pass waits at each layer for the bytes of that
+    layer, so that the first layers compute while the last are read; `finish_loading` waits for all of it. Raises
+    CheckpointError where weights are missing, damaged or of another shape; without `wait`, from the forward pass.
     """
     import transformers
 
@@ -49,13 +52,55 @@ def from_pretrained(
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{directory} has no configuration that transformers knows: {first}") from error
     chosen = _class_of(model_class, config, directory)
-    loaded = load_checkpoint(directory, verify=verify, pool=pool)
+    load = start_load(directory, verify=verify, pool=pool)
+    try:
+        if wait or not load.packed or dtype != "auto" or device is not None:
+            load.finish()  # what is converted or copied has to be there first
+        model = _model(chosen, config, load.tensors, directory, dtype, options)
+    except BaseException:
+        load.cancel()
+        raise
+    setattr(model, LOAD_ATTRIBUTE, load)
+    if not load.finished:
+        _wait_at_each_module(model, load)
+    return (model if device is None else model.to(device)).eval()
+
+
+def finish_loading(model: Any) -> LoadReport:
+    """Until every weight of the model is there; how it came. CheckpointError where the load failed."""
+    load = getattr(model, LOAD_ATTRIBUTE, None)
+    if not isinstance(load, CheckpointLoad):
+        raise CheckpointError(f"{type(model).__name__} was not loaded by loaders.hf.from_pretrained")
+    return load.finish()
+
+
+def _wait_at_each_module(model: Any, load: CheckpointLoad) -> None:
+    """Before a module with parameters of its own computes for the first time, its bytes are there."""
+    by_address = {tensor.data_ptr(): name for name, tensor in load.tensors.items()}
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        wanted = [by_address[one.data_ptr()] for one in own if one.data_ptr() in by_address]
+        if wanted:
+            _wait_before(module, load, wanted)
+
+
+def _wait_before(module: Any, load: CheckpointLoad, wanted: list[str]) -> None:
+    def arrive(*_: Any) -> None:
+        load.wait(wanted)
+        hook.remove()
+
+    hook = module.register_forward_pre_hook(arrive)
+
+
+def _model(chosen: Any, config: Any, tensors: Any, directory: Path, dtype: Any, options: dict[str, Any]) -> Any:
+    import transformers
+
     try:
         with quiet_transformers():
             model, found = chosen.from_pretrained(
                 None,
                 config=config,
-                state_dict=dict(loaded.tensors),
+                state_dict=dict(tensors),
                 dtype=dtype,
                 output_loading_info=True,
                 **options,
@@ -71,16 +116,7 @@ def from_pretrained(
     if (directory / "generation_config.json").exists() and chosen.can_generate():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
     model.name_or_path = str(directory)
-    setattr(model, REPORT_ATTRIBUTE, loaded.report)
-    return (model if device is None else model.to(device)).eval()
-
-
-def report_of(model: Any) -> LoadReport:
-    """How a model came that `from_pretrained` of this module loaded."""
-    report = getattr(model, REPORT_ATTRIBUTE, None)
-    if not isinstance(report, LoadReport):
-        raise CheckpointError(f"{type(model).__name__} was not loaded by loaders.hf.from_pretrained")
-    return report
+    return model
 
 
 def _class_of(model_class: Any, config: Any, directory: Path) -> Any:

@@ -9,10 +9,10 @@ Pieces come in the order of first use, so that computing may begin before the en
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -25,6 +25,7 @@ from loaders.errors import CheckpointError
 from loaders.memory import Block, MemoryPool
 from loaders.packed import checksum_of
 from loaders.plan import DIRECT_BYTES, LoadPlan, is_aligned, plan_load
+from loaders.read_threads import URGENT, ReadThreads
 
 READ_THREADS = 4
 SLOW_DISK_BYTES_PER_SECOND = 1e9
@@ -75,7 +76,8 @@ class CheckpointLoad:
         block: Block,
         *,
         ways: Iterable[Way],
-        threads: int = READ_THREADS,
+        readers: ReadThreads | None = None,
+        priority: int = URGENT,
         huge: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -88,6 +90,7 @@ class CheckpointLoad:
         self._cancelled = False
         self._read_seconds = self._check_seconds = 0.0
         self._ended_at = 0.0
+        self._final: LoadReport | None = None
         self._files: list[LargeFile] = []
         try:
             for path, way in zip(plan.files, ways, strict=True):
@@ -96,12 +99,24 @@ class CheckpointLoad:
             self._close_files()
             raise
         self.tensors = self._view()
-        self._threads = max(1, min(threads, len(plan.pieces)))
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="load")
+        own = readers is None
+        threads = readers or ReadThreads(READ_THREADS)
+        self._threads = max(1, min(threads.threads, len(plan.pieces)))
         self._left = len(plan.pieces)
         for index in range(len(plan.pieces)):
-            self._pool.submit(self._piece, index)
-        self._pool.shutdown(wait=False)
+            threads.submit(priority, functools.partial(self._piece, index))
+        if own:
+            threads.close()
+
+    @property
+    def packed(self) -> bool:
+        """Whether the names are the module's own, as in a packed directory."""
+        return self._plan.packed
+
+    @property
+    def finished(self) -> bool:
+        """Whether `finish` has returned."""
+        return self._final is not None
 
     def wait(self, names: Iterable[str]) -> None:
         """Until the bytes of these tensors are there and checked. Raises CheckpointError where that will not be."""
@@ -112,16 +127,21 @@ class CheckpointLoad:
                 raise self._error
 
     def finish(self) -> LoadReport:
-        """Until everything is there; what it took. Raises CheckpointError, and then nothing of it may be used."""
+        """Until everything is there; what it took. Raises CheckpointError, and then nothing of it may be used.
+
+        May be called again.
+        """
+        if self._final is not None:
+            return self._final
         with self._changed:
             self._changed.wait_for(lambda: not self._left)
-        self._pool.shutdown(wait=True)
         self._close_files()
         if self._error is not None:
             self.tensors = {}
             raise self._error
         self._settle_misaligned()
-        return self._report()
+        self._final = self._report()
+        return self._final
 
     def cancel(self) -> None:
         """Stop reading; `wait` and `finish` raise. What is being read is read to its end, nothing new is begun."""
@@ -258,7 +278,8 @@ def start_load(
     *,
     verify: bool = True,
     pool: MemoryPool | None = None,
-    threads: int = READ_THREADS,
+    readers: ReadThreads | None = None,
+    priority: int = URGENT,
     way: Way | None = None,
     progress: Progress | None = None,
 ) -> CheckpointLoad:
@@ -267,7 +288,13 @@ def start_load(
     ways = [way or best_way(path) for path in plan.files]
     memory = pool or MemoryPool(plan.memory_bytes, populate=False)
     return CheckpointLoad(
-        plan, memory.take(plan.memory_bytes), ways=ways, threads=threads, huge=memory.huge, progress=progress
+        plan,
+        memory.take(plan.memory_bytes),
+        ways=ways,
+        readers=readers,
+        priority=priority,
+        huge=memory.huge,
+        progress=progress,
     )
 
 
@@ -276,17 +303,21 @@ def load_checkpoint(
     *,
     verify: bool = True,
     pool: MemoryPool | None = None,
-    threads: int = READ_THREADS,
+    readers: ReadThreads | None = None,
+    priority: int = URGENT,
     way: Way | None = None,
     progress: Progress | None = None,
 ) -> LoadedCheckpoint:
     """All tensors of a packed directory, or of a plain one with safetensors, in memory, with a report.
 
     Names are those of the files: a packed directory has the module's own. `pool` is memory that is faulted in already
-    and is used again: with it a load is as fast as the disk from the first byte. `way` is chosen by where the files
-    lie. Raises CheckpointError: nothing half-loaded is ever returned.
+    and is used again: with it a load is as fast as the disk from the first byte. `readers` are threads that several
+    loads share, the smallest `priority` first. `way` is chosen by where the files lie.
+    Raises CheckpointError: nothing half-loaded is ever returned.
     """
-    load = start_load(directory, verify=verify, pool=pool, threads=threads, way=way, progress=progress)
+    load = start_load(
+        directory, verify=verify, pool=pool, readers=readers, priority=priority, way=way, progress=progress
+    )
     try:
         report = load.finish()
     except BaseException:

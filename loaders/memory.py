@@ -21,6 +21,7 @@ from loaders.errors import CheckpointError
 
 HUGE_PAGE_BYTES = 2 << 20
 _MADV_HUGEPAGE = 14
+_MADV_NOHUGEPAGE = 15
 _MADV_POPULATE_WRITE = 23
 _POPULATE_BYTES = 64 << 20
 """Faulted in at once by one thread."""
@@ -50,11 +51,12 @@ class Block:
 class MemoryPool:
     """Private memory of `capacity_bytes`, handed out in blocks of whole huge pages, first fit.
 
-    With `populate` all of it is faulted in now, and stays so: that is what a pool is for. Raises CheckpointError where
+    With `populate` all of it is faulted in now, and stays so: that is what a pool is for. `huge` asks for huge pages;
+    the attribute of that name says whether the system is willing. Raises CheckpointError where
     the system has not so much memory. Safe to use from several threads.
     """
 
-    def __init__(self, capacity_bytes: int, *, populate: bool = True) -> None:
+    def __init__(self, capacity_bytes: int, *, populate: bool = True, huge: bool = True) -> None:
         if capacity_bytes < 1:
             raise CheckpointError(f"a memory pool of {capacity_bytes} bytes holds nothing; give it a size above 0")
         self.capacity_bytes = round_up(capacity_bytes, HUGE_PAGE_BYTES)
@@ -72,7 +74,8 @@ class MemoryPool:
         """Free pieces, by their start: their length. Neighbours are joined."""
         self._given_back: deque[tuple[int, int]] = deque()
         """A block may be let go of at any moment, also by a collection of garbage in here: without the lock."""
-        self.huge = _libc.madvise(self._address, self.capacity_bytes, _MADV_HUGEPAGE) == 0
+        advice = _MADV_HUGEPAGE if huge else _MADV_NOHUGEPAGE
+        self.huge = _libc.madvise(self._address, self.capacity_bytes, advice) == 0 and huge
         if populate:
             self._populate()
 

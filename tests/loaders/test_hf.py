@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import torch
 import transformers
 
 from loaders import CheckpointError, Manifest
-from loaders.hf import from_pretrained, report_of
+from loaders import direct as direct_module
+from loaders.hf import finish_loading, from_pretrained
+from loaders.plan import plan_load
 
 Packed = Callable[[str], tuple[Path, Manifest]]
 TOKENS = torch.tensor([[1, 5, 9, 40, 3]])
@@ -32,7 +35,7 @@ def test_the_same_model_as_transformers_loads(
         assert torch.equal(tensor, theirs[key]), key
     with torch.inference_mode():
         torch.testing.assert_close(model(TOKENS).logits, expected(TOKENS).logits)
-    assert report_of(model).bytes > 0
+    assert finish_loading(model).bytes > 0
     assert model.generation_config.to_dict() == expected.generation_config.to_dict()
 
 
@@ -63,3 +66,51 @@ def test_what_does_not_fit_is_one_sentence(packed_copy: Path, packed: Packed, tm
         from_pretrained(other)
     with pytest.raises(CheckpointError, match="fits"):
         from_pretrained(other, verify=False)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "mixtral"])
+def test_the_first_layers_compute_while_the_last_are_on_their_way(
+    name: str, packed: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, _ = packed(name)
+    expected = from_pretrained(directory)
+    last = plan_load(directory).pieces[-1].offset
+    gate, computed = threading.Event(), threading.Event()
+    real = direct_module.read_some
+
+    def read(descriptor: int, memory: memoryview, offset: int) -> int:
+        if offset >= last:
+            gate.wait(30)
+        return real(descriptor, memory, offset)
+
+    monkeypatch.setattr(direct_module, "read_some", read)
+    model = from_pretrained(directory, wait=False)
+    first = model.get_input_embeddings()
+    first.register_forward_hook(lambda *_: computed.set())
+    logits: list[torch.Tensor] = []
+
+    def compute() -> None:
+        with torch.inference_mode():
+            logits.append(model(TOKENS).logits)
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    assert computed.wait(30) and not gate.is_set() and not logits
+    gate.set()
+    thread.join(30)
+    with torch.inference_mode():
+        torch.testing.assert_close(logits[0], expected(TOKENS).logits)
+        finish_loading(model)
+        torch.testing.assert_close(model(TOKENS).logits, expected(TOKENS).logits)
+
+
+def test_a_load_that_fails_meanwhile_ends_the_forward_pass(packed_copy: Path) -> None:
+    path = packed_copy / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-20_000] ^= 1
+    path.write_bytes(content)
+    model = from_pretrained(packed_copy, wait=False)
+    with torch.inference_mode(), pytest.raises(CheckpointError, match="damaged"):
+        model(TOKENS)
+    with pytest.raises(CheckpointError, match="damaged"):
+        finish_loading(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from loaders.direct import Way
 from loaders.load import load_checkpoint, start_load
 from loaders.memory import HUGE_PAGE_BYTES, MemoryPool
 from loaders.plan import plan_load
+from loaders.read_threads import PREFETCH, URGENT, ReadThreads
 
 Packed = Callable[[str], tuple[Path, Manifest]]
 WAYS: tuple[Way, ...] = ("direct", "buffered")
@@ -187,8 +189,6 @@ def test_a_flipped_bit_is_named_with_chunk_and_tensors(packed_copy: Path) -> Non
 
 
 def test_the_first_tensors_are_there_before_the_last(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
-
     directory, _ = packed("llama")
     plan = plan_load(directory)
     gate = threading.Event()
@@ -199,7 +199,7 @@ def test_the_first_tensors_are_there_before_the_last(packed: Packed, monkeypatch
         return REAL_READ(descriptor, memory, offset)
 
     monkeypatch.setattr(direct_module, "read_some", read)
-    load = start_load(directory, threads=2)
+    load = start_load(directory, readers=ReadThreads(2))
     try:
         load.wait(["model.embed_tokens.weight"])
         expected = open_checkpoint(directory).tensors
@@ -213,8 +213,6 @@ def test_the_first_tensors_are_there_before_the_last(packed: Packed, monkeypatch
 
 
 def test_a_load_that_is_cancelled_ends_and_gives_nothing(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
-
     directory, _ = packed("llama")
     entered, gate = threading.Event(), threading.Event()
 
@@ -225,7 +223,7 @@ def test_a_load_that_is_cancelled_ends_and_gives_nothing(packed: Packed, monkeyp
 
     monkeypatch.setattr(direct_module, "read_some", read)
     pool = MemoryPool(plan_load(directory).memory_bytes, populate=False)
-    load = start_load(directory, pool=pool, threads=2)
+    load = start_load(directory, pool=pool, readers=ReadThreads(2))
     assert entered.wait(30)
     load.cancel()
     gate.set()
@@ -237,3 +235,45 @@ def test_a_load_that_is_cancelled_ends_and_gives_nothing(packed: Packed, monkeyp
     del load
     gc.collect()
     assert pool.free_bytes == pool.capacity_bytes
+
+
+def test_what_somebody_waits_for_is_read_before_what_may_be_wanted(
+    packed: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = packed("llama")
+    second, _ = packed("mixtral")
+    order: list[str] = []
+    gate = threading.Event()
+
+    def note(name: str) -> Callable[[int, int], None]:
+        return lambda done, total: order.append(name)
+
+    def read(descriptor: int, memory: memoryview, offset: int) -> int:
+        gate.wait(30)
+        return REAL_READ(descriptor, memory, offset)
+
+    monkeypatch.setattr(direct_module, "read_some", read)
+    readers = ReadThreads(1)
+    prefetch = start_load(first, readers=readers, priority=PREFETCH, progress=note("prefetch"))
+    urgent = start_load(second, readers=readers, priority=URGENT, progress=note("urgent"))
+    gate.set()
+    urgent.finish()
+    prefetch.finish()
+    assert order.index("urgent") <= 1, "at most what was begun already comes before"
+    last = max(index for index, name in enumerate(order) if name == "urgent")
+    assert order[: last + 1].count("prefetch") <= 1
+    same(prefetch.tensors, open_checkpoint(first).tensors)
+    same(urgent.tensors, open_checkpoint(second).tensors)
+    readers.close()
+
+
+def test_threads_that_are_closed_end_and_finish_what_they_were_given() -> None:
+    readers = ReadThreads(3)
+    done: list[int] = []
+    for number in range(20):
+        readers.submit(number % 3, lambda number=number: done.append(number))  # type: ignore[misc]
+    readers.close()
+    deadline = threading.Event()
+    while len(done) < 20 and not deadline.wait(0.001):
+        pass
+    assert sorted(done) == list(range(20))

@@ -1,0 +1,167 @@
+"""`longshore bench load`: this room's figures, as a table or as JSON. What is heavy is imported when it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loaders.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from loaders.bench_load import LoadBench
+
+PARTS = ("load", "attach", "http", "together", "first-token")
+ABLATION = (
+    "safe_open + copy",
+    "safetensors load_file",
+    "longshore, one thread, buffered, small pages",
+    "longshore, one thread, direct, small pages",
+    "longshore, direct, small pages",
+    "longshore, fresh memory",
+    "longshore, pool",
+)
+
+
+def bench_load(
+    folder: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where checkpoints are made and kept for the next time.")
+    ] = Path("/tmp/longshore-bench"),
+    size: Annotated[
+        list[float] | None, typer.Option("--size", metavar="GB", help="Size of the weights; may be given twice.")
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1, max=100, help="Runs of each loader.")] = 5,
+    loader: Annotated[
+        list[str] | None, typer.Option("--loader", metavar="NAME", help="Only this one; may be given several times.")
+    ] = None,
+    part: Annotated[
+        list[str] | None, typer.Option("--part", metavar="NAME", help=f"Only this part: {', '.join(PARTS)}.")
+    ] = None,
+    ablation: Annotated[bool, typer.Option("--ablation", help="Show what each step brings instead.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure loading beside what people use: each load in a fresh process, the disk probed around it.
+
+    Peers are measured where they are installed (`pip install 'longshore[bench]'`).
+
+    Example: longshore bench load --size 2 --size 6 --runs 5
+    """
+    import msgspec
+
+    sizes = [int(one * 1e9) for one in size or [2.0]]
+    parts = part or (["load"] if ablation or loader else list(PARTS))
+    if unknown := [one for one in parts if one not in PARTS]:
+        raise typer.BadParameter(f"there is no part {unknown[0]!r}: choose of {', '.join(PARTS)}")
+    from loaders.bench_loaders import LOADERS
+
+    if unknown := [one for one in loader or () if one not in LOADERS]:
+        raise typer.BadParameter(f"there is no loader {unknown[0]!r}: choose of {', '.join(map(repr, LOADERS))}")
+    tell = _teller(hidden=json)
+    try:
+        answer = {
+            f"{count / 1e9:g} GB": _measure(folder, count, runs, list(ABLATION) if ablation else loader, parts, tell)
+            for count in sizes
+        }
+    except CheckpointError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    if json:
+        typer.echo(msgspec.json.encode(answer).decode())
+        return
+    for name, measured in answer.items():
+        _show(name, measured)
+
+
+def _measure(
+    folder: Path, count: int, runs: int, loaders: list[str] | None, parts: list[str], tell: Callable[[str], None]
+) -> dict[str, Any]:
+    from loaders import bench_load, bench_parts
+    from loaders.bench_loaders import LOADERS
+
+    found: dict[str, Any] = {}
+    if "load" in parts:
+        chosen = loaders or [name for name, loader in LOADERS.items() if not loader.step]
+        found["load"] = bench_load.bench_load(folder, count, loaders=chosen, runs=runs, tell=tell)
+    if "attach" in parts:
+        found["attach"] = bench_parts.bench_attach(folder, count, runs=runs, tell=tell)
+    if {"http", "together", "first-token"} & set(parts):
+        packed = bench_load.prepare_paths(folder, count, ["longshore, pool"], tell).packed
+        if "http" in parts:
+            found["http"] = bench_parts.bench_fetch(folder, packed, runs=runs, tell=tell)
+        if "together" in parts:
+            second = bench_load.prepare_paths(folder, count * 3 // 4, ["longshore, pool"], tell).packed
+            found["together"] = bench_parts.bench_together(packed, second, runs=runs, tell=tell)
+        if "first-token" in parts:
+            found["first-token"] = bench_parts.bench_first_token(packed, runs=runs, tell=tell)
+    return found
+
+
+def _teller(*, hidden: bool) -> Callable[[str], None]:
+    if hidden or not sys.stderr.isatty():
+        return lambda sentence: None
+    from rich.console import Console
+
+    status = Console(stderr=True).status("")
+    status.start()
+    return lambda sentence: status.update(sentence)
+
+
+def _show(name: str, measured: dict[str, Any]) -> None:
+    from statistics import median
+
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if "load" in measured:
+        console.print(_load_table(name, measured["load"]))
+    if "attach" in measured:
+        table = Table(title=f"{name}: DRAM to usable parameters, milliseconds")
+        for heading in ("memory", "tensors", "views", "every page touched"):
+            table.add_column(heading, justify="left" if heading == "memory" else "right")
+        for row in measured["attach"]:
+            table.add_row(row.memory, str(row.tensors), f"{median(row.views_ms):.0f}", f"{median(row.touched_ms):.0f}")
+        console.print(table)
+    if (fetched := measured.get("http")) is not None:
+        console.print(
+            f"http from nginx, onto the disk and into memory: {median(fetched.ours):.2f} GB/s; curl to a file: "
+            f"{median(fetched.curl):.2f} GB/s; ratio {fetched.ratio:.2f}"
+        )
+    elif "http" in measured:
+        console.print("http: nginx and curl are not both installed here")
+    if "together" in measured:
+        row = measured["together"]
+        total = median(a / b for a, b in zip(row.at_once, row.after_each_other, strict=True))
+        urgent = median(a / b for a, b in zip(row.with_priority, row.alone, strict=True))
+        console.print(
+            f"two loads at once: {total:.2f} of the time of one after the other; the urgent one {urgent:.2f} of alone"
+        )
+    if "first-token" in measured:
+        row = measured["first-token"]
+        console.print(
+            f"first token, cold, {row.prompt_tokens} tokens in (load {row.load_seconds:.2f} s, prefill "
+            f"{row.prefill_seconds:.2f} s): {median(row.after):.2f} s after the load, {median(row.during):.2f} s "
+            f"beginning during it; {row.ratio:.2f} times faster"
+        )
+
+
+def _load_table(name: str, bench: LoadBench) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"{name} from disk into memory, medians; {bench.dropped}")
+    for heading in ("loader", "version", "cold GB/s", "share of the disk", "warm GB/s", "equal"):
+        table.add_column(heading, justify="left" if heading in ("loader", "version") else "right")
+    for row in bench.rows:
+        cold = [run.gigabytes_per_second for run in row.cold]
+        table.add_row(
+            row.loader,
+            row.version,
+            f"{row.median('cold'):.2f} ({min(cold):.2f}-{max(cold):.2f})",
+            f"{row.median('share'):.2f}",
+            f"{row.median('warm'):.1f}",
+            "yes" if row.equal else "NO",
+        )
+    return table
