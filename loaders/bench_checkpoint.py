@@ -18,7 +18,7 @@ _MARK = ".bench-checkpoint.json"
 
 
 def shape_for(tensor_bytes: int, tensors: int) -> tuple[int, int, int]:
-    """(width, layers, inner width) of a bf16 Llama of about this size with so many tensors (9 per layer, and 3), or fewer."""
+    """(width, layers, inner width) of a bf16 Llama of about this size: 9 tensors a layer, and 3; or fewer layers."""
     layers = max(1, (tensors - 3) // 9)
     while layers:
         for width in _WIDTHS:

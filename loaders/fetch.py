@@ -105,6 +105,7 @@ class Fetch:
             with storage.replacing_directory(self._destination) as temporary:
                 synced = self._weights(file, packed, region, temporary / WEIGHTS_NAME)
                 for name, content in companions.items():
+                    (temporary / name).parent.mkdir(exist_ok=True)
                     storage.write_file(temporary / name, content)
                 storage.write_file(temporary / MANIFEST_NAME, source.read_small(MANIFEST_NAME, MANIFEST_LIMIT_BYTES))
                 self._check_same_manifest(temporary, manifest)

@@ -30,8 +30,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def check_equal(destination: Path, origin: Path) -> None:
     verify_checkpoint(destination)
     assert sorted(path.name for path in destination.iterdir()) == sorted(path.name for path in origin.iterdir())
-    for path in origin.iterdir():
-        assert (destination / path.name).read_bytes() == path.read_bytes(), path.name
+    for path in filter(Path.is_file, origin.rglob("*")):
+        assert (destination / path.relative_to(origin)).read_bytes() == path.read_bytes(), path
 
 
 def nothing_left(destination: Path) -> None:

@@ -120,7 +120,7 @@ def test_a_full_disk_is_called_so(
         with failing(point, "error", errno.ENOSPC), pytest.raises(CheckpointError, match="the disk is full"):
             pack_checkpoint(sources("gpt2"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr("loaders.packing.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("loaders.destination.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(CheckpointError, match=r"the disk is full: .* GB are needed"):
         pack_checkpoint(sources("gpt2"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
