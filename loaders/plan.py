@@ -104,7 +104,12 @@ def _plan_packed(directory: Path, *, verify: bool) -> LoadPlan:
 
 
 def _plan_shards(directory: Path) -> LoadPlan:
-    paths = [path for path, _ in shards_of(directory)]
+    shards, pickled = shards_of(directory)
+    if pickled:
+        raise CheckpointError(
+            f"{directory} has its weights as pickles, which cannot be read in place: pack it first (`longshore pack`)"
+        )
+    paths = [path for path, _ in shards]
     pieces: list[Piece] = []
     tensors: list[PlacedTensor] = []
     base = 0

@@ -277,3 +277,11 @@ def test_threads_that_are_closed_end_and_finish_what_they_were_given() -> None:
     while len(done) < 20 and not deadline.wait(0.001):
         pass
     assert sorted(done) == list(range(20))
+
+
+def test_pickles_are_not_read_in_place(tmp_path: Path, sources: Callable[[str], Path]) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((sources("llama") / name).read_bytes())
+    torch.save({"a": torch.zeros(3)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pack it first"):
+        load_checkpoint(tmp_path)
