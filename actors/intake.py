@@ -256,6 +256,10 @@ class Intake:
                 mark = hashlib.blake2b(f"{body} {reply} {parsed.start}".encode(), digest_size=8).hexdigest()
                 appended = await self.state("requests", fact, f"fact.intake.{parsed.request}.{mark}")
                 again = appended.duplicate
+                if again and not await self._stands(parsed.request):
+                    # The server takes it for a repeat still, and the cell has forgotten what it would repeat.
+                    await self.state("requests", fact, "")
+                    again = False
             if again and fact.reply is not None:
                 # The request stands in the ledger; whoever repeats it wants to be shown what there is.
                 await self.state("requests", ReaderAttached(parsed.request, fact.reply), "")
@@ -266,6 +270,12 @@ class Intake:
         log.info("request accepted", request=parsed.request, model=fact.model, again=again)
         return accepted(parsed.request)
 
+    async def _stands(self, request: str) -> bool:
+        """Whether the cell knows a request by now; another control may just have accepted it."""
+        if self._requests().known(request) is None:
+            await self._catch_up()
+        return self._requests().known(request) is not None
+
     async def state(self, actor: str, message: Message, message_id: str) -> Appended:
         """Append a fact under intake's name."""
         payload = encode(FactEnvelope("intake", msgspec.Raw(encode(message))))
@@ -275,7 +285,9 @@ class Intake:
     async def _cancel(self, delivery: Delivery) -> Answer:
         request = await self._known(delivery)
         if not self._requests().over(request):
-            await self._stated("requests", CancelRequested(request), f"fact.intake.cancel.{request}")
+            # Under one id a key may come to stand for another request, once the first one is forgotten.
+            accepted_at = self._requests().requests[request].accepted
+            await self._stated("requests", CancelRequested(request), f"fact.intake.cancel.{request}.{accepted_at}")
             log.info("cancel accepted", request=request)
         return accepted(request)
 
@@ -315,11 +327,8 @@ class Intake:
         about(request)
         if not self._live():
             raise Refusal("not_ready", "this control is still reading the ledger", retry_ms=1000)
-        if self._requests().known(request) is None:
-            await self._catch_up()
-        state = self._requests()
-        if state.known(request) is None:
-            kept = state.configuration.retention_ms // 1000
+        if not await self._stands(request):
+            kept = self._requests().configuration.retention_ms // 1000
             raise Refusal("unknown_request", f"no request {request} is known here; ended ones are kept for {kept} s")
         return request
 

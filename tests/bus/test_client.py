@@ -8,14 +8,16 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
+from bus_worlds import JetStreamTestWorld, until
 from fake_cell import FakeCell
 
-from bus.answer import Patience, RequestFailed
+from bus.answer import Answer, Patience, RequestFailed
 from bus.client import Client
 from bus.memory import MemoryServer
 from bus.messages import request_id
 from bus.messages.requests import Encoding
 from bus.replies import Chunk, ErrorBody, TokenCounts
+from bus.server import EmbeddedServer
 
 HASTE = Patience(silence=0.03, nobody=0.2, total=2.0)
 
@@ -30,6 +32,10 @@ def world(scenario: Coroutine[Any, Any, None]) -> None:
 
 async def read(client: Client, **fields: Any) -> list[Chunk]:
     return [chunk async for chunk in client.infer("llama-a", "hello", **fields)]
+
+
+async def all_of(answer: Answer) -> list[Chunk]:
+    return [chunk async for chunk in answer]
 
 
 def check_whole(chunks: list[Chunk], length: int, start: int = 0) -> None:
@@ -285,3 +291,25 @@ def test_operators_read_json() -> None:
             await client.close()
 
     world(scenario())
+
+
+async def test_many_answers_survive_a_dropped_connection_on_a_real_server(nats_server: EmbeddedServer) -> None:
+    """All of them over the one subscription of their connection; what was shown meanwhile is asked for."""
+    world = JetStreamTestWorld(nats_server)
+    async with world.running():
+        control, reader = await world.bus(), await world.bus()
+        async with FakeCell(control, length=40, cell=world.subjects.cell) as cell:
+            cell.pause = 0.005
+            client = Client(reader, world.subjects.cell, patience=Patience(silence=0.5))
+            answers = [client.infer("llama-a", "hello") for _ in range(50)]
+            reading = asyncio.gather(*(all_of(answer) for answer in answers))
+            await until(lambda: all(answer.position > 5 for answer in answers))
+            subscriptions = len(reader.raw._subs)
+            await world.cut(reader)
+            await asyncio.sleep(0.1)
+            await world.heal(reader)
+            for chunks in await reading:
+                check_whole(chunks, 40)
+            assert subscriptions <= 4, "answers share what the connection has for replies and acknowledgements"
+            assert len(cell.requests) == 50
+            assert len([verb for verb, _ in cell.asked if verb == "resume"]) >= 50

@@ -50,11 +50,17 @@ class FakeCell:
     async def _serve(self, verb: str, subscription: Any) -> None:
         while True:
             delivery = await subscription.next()
-            name = self.subjects.last_token(delivery.subject)
-            try:
-                await getattr(self, "_" + verb)(name, delivery)
-            except Refusal as refusal:
-                await self.bus.publish(delivery.reply, encode_reply(refusal.status()), headers=refusal.headers())
+            if self.pause:  # then many are shown at once
+                self._tasks.append(asyncio.create_task(self._answer(verb, delivery)))
+            else:
+                await self._answer(verb, delivery)
+
+    async def _answer(self, verb: str, delivery: Delivery) -> None:
+        name = self.subjects.last_token(delivery.subject)
+        try:
+            await getattr(self, "_" + verb)(name, delivery)
+        except Refusal as refusal:
+            await self.bus.publish(delivery.reply, encode_reply(refusal.status()), headers=refusal.headers())
 
     async def say(self, reply: str, payload: bytes) -> None:
         if payload and self.words_lost > 0:
