@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import msgspec
@@ -28,7 +28,7 @@ from bus.subjects import Subjects
 
 SNAPSHOT_FACTS = 5000
 """Facts between two snapshots, at the least; more as the state grows, so that the bytes per fact stay the same."""
-BYTES_PER_FACT = 2000
+BYTES_PER_FACT = 4000
 SNAPSHOT_BYTES = 64 * 1024 * 1024
 """Bytes of the ledger between two snapshots, at the most where the state is small: prompts may be large."""
 STANDBY_FACTOR = 2
@@ -152,6 +152,14 @@ async def _read(bus: Bus, subjects: Subjects, manifest: Manifest) -> bytes:
     return await SnapshotStore(bus.snapshots, subjects).read(manifest)
 
 
+Capture = Callable[[Cell], Awaitable[list[bytes]]]
+"""The parts of a snapshot of the cell as it is at the call, whatever happens to it until they are there."""
+
+
+async def capture_here(cell: Cell) -> list[bytes]:
+    return cell.capture()
+
+
 class SnapshotTaker:
     """Knows when a snapshot is due, takes it, stores it. One at a time per control.
 
@@ -159,8 +167,16 @@ class SnapshotTaker:
     """
 
     def __init__(
-        self, bus: Bus, subjects: Subjects, me: str, *, facts: int = SNAPSHOT_FACTS, limit_bytes: int = SNAPSHOT_BYTES
+        self,
+        bus: Bus,
+        subjects: Subjects,
+        me: str,
+        *,
+        facts: int = SNAPSHOT_FACTS,
+        limit_bytes: int = SNAPSHOT_BYTES,
+        capture: Capture | None = None,
     ) -> None:
+        self._capture = capture or capture_here
         self._bus = bus
         self._store = SnapshotStore(bus.snapshots, subjects)
         self._me = me
@@ -218,9 +234,9 @@ class SnapshotTaker:
         assert record is not None and record.sequence == replica.cell.position
         facts, rules = replica.cell.facts, replica.cell.rules
         accepted = list(replica.readback.accepted)[-ACCEPTED_LIMIT:]
-        parts = stored_parts(Beside(accepted, lately, seals), replica.cell.capture())
         waiting = list(replica.readback.expected)
         self._facts, self._read_bytes = facts, 0
+        parts = stored_parts(Beside(accepted, lately, seals), await self._capture(replica.cell))
         if not await self._all_read_back(replica, waiting):
             log.warning("snapshot given up", position=record.sequence, reason="what was said does not come back")
             return

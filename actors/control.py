@@ -24,7 +24,7 @@ from typing import cast
 import structlog
 
 from actors.cell import Cell, Said, Step
-from actors.cell_snapshots import SNAPSHOT_FACTS, SnapshotTaker, find_start
+from actors.cell_snapshots import SNAPSHOT_FACTS, Capture, SnapshotTaker, find_start
 from actors.gpu import GpuState
 from actors.intake import Intake
 from actors.readback import accepted_differences
@@ -73,6 +73,7 @@ class Control:
         *,
         silence: float = SILENCE_SECONDS,
         snapshot_facts: int = SNAPSHOT_FACTS,
+        capture: Capture | None = None,
         known_rules: tuple[int, ...] = KNOWN_RULES,
     ) -> None:
         self.bus = bus
@@ -94,7 +95,7 @@ class Control:
         self._reader = ResultsReader(bus, self.subjects)
         self._unshown = Unshown()
         self._seals: dict[bytes, SealTokens] = {}
-        self.snapshots = SnapshotTaker(bus, self.subjects, me, facts=snapshot_facts)
+        self.snapshots = SnapshotTaker(bus, self.subjects, me, facts=snapshot_facts, capture=capture)
 
     @property
     def live(self) -> bool:

@@ -17,6 +17,7 @@ import structlog
 
 from actors.cell_snapshots import SNAPSHOT_FACTS
 from actors.control import LEAVE_SECONDS, Control
+from actors.forked_capture import capture_in_a_copy
 from actors.readback import Difference
 from actors.rules import FIRST_RULES, KNOWN_RULES, UnknownRules
 from actors.submissions import take_submissions
@@ -119,6 +120,7 @@ async def _run_once(options: ControlOptions, ending: asyncio.Event, health: Heal
             me,
             silence=options.silence_seconds,
             snapshot_facts=options.snapshot_facts,
+            capture=capture_in_a_copy,
             known_rules=options.known_rules,
         )
         service = Service(

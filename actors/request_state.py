@@ -9,7 +9,7 @@ import msgspec
 from bus.messages import Choice, Generation, ReplyTo, RequestEnded, RequestsConfigured, Span
 
 
-class Request(msgspec.Struct):
+class Request(msgspec.Struct, omit_defaults=True):
     """One request, or one answer (choice) of a request that asks for several.
 
     `position` is the first position that is not known to be durable; `deadline` 0 means none.
