@@ -31,18 +31,25 @@ from bus.api import (
     reply_headers,
 )
 from bus.contract import Appended, Bus, BusError, Delivery, LogFull, NoAnswer, Subscription, Usage
+from bus.embeddings import parse_embed
 from bus.logs import about
 from bus.messages import (
     CancelRequested,
     FactEnvelope,
+    Input,
     Message,
     ModelAdded,
+    ModelCard,
     ModelRemoved,
+    PromptParts,
     ReaderAttached,
+    RequestAccepted,
     body_digest,
     encode,
     kind_of,
 )
+from bus.part_limits import PARTS_SECONDS
+from bus.parts import missing
 from bus.replies import Result, Status, accepted, unknown
 from bus.subjects import Subjects, may_reply, unescape_model
 from bus.tasks import Tasks
@@ -55,6 +62,9 @@ REPEATS_PERCENT = 90
 
 SILENT_SECONDS = 5.0
 """A ledger that has not said for so long how full it is does not answer."""
+
+PARTS_MARGIN_MS = 60_000
+"""So long before its parts expire a request with a prompt in parts has ended."""
 
 UNDERWAY_LIMIT = 2000
 """Messages handled at once. What comes beyond that is refused at once: nothing piles up while the bus is away."""
@@ -79,11 +89,13 @@ class Intake:
         self._percent = 0
         self._tokens_percent = 0
         self._measured = float("-inf")
+        self._parts_age_ns = PARTS_SECONDS * 1_000_000_000
         self.counts: dict[str, int] = {"requests": 0, "errors": 0}
         self._subscriptions: list[Subscription] = []
         self._leaving = False
         self._verbs: dict[str, Callable[[Delivery], Awaitable[Answer]]] = {
             "infer": self._infer,
+            "embed": self._embed,
             "cancel": self._cancel,
             "resume": self._resume,
             "result": self._result,
@@ -128,6 +140,7 @@ class Intake:
         self._percent = _percent(await self._bus.ledger.usage())
         self._tokens_percent = _percent(await self._bus.tokens.usage())
         self._measured = asyncio.get_running_loop().time()
+        self._parts_age_ns = (await self._bus.parts.usage()).max_age_ns
 
     def obstacles(self) -> list[str]:
         """Why new requests are not taken now, as far as the streams are the reason; one sentence each."""
@@ -183,14 +196,29 @@ class Intake:
         # Whoever wants one single reply gets the answer as that reply, so `accepted` is not said.
         return status if parsed.stream or status.status != "accepted" else None
 
-    def parse(self, subject: str, payload: bytes, headers: dict[str, str], *, default_key: str = "") -> ParsedRequest:
+    async def _embed(self, delivery: Delivery) -> Answer:
+        parsed = self.parse(delivery.subject, delivery.payload, delivery.headers, parser=parse_embed)
+        if not delivery.reply:
+            raise Refusal("bad_request", "embed needs a reply subject; use submit to read the result later")
+        status = await self.accept(parsed, delivery.reply)
+        return status if parsed.stream or status.status != "accepted" else None
+
+    def parse(
+        self,
+        subject: str,
+        payload: bytes,
+        headers: dict[str, str],
+        *,
+        default_key: str = "",
+        parser: Callable[..., ParsedRequest] = parse_infer,
+    ) -> ParsedRequest:
         """A valid request for a model that this cell knows. Raises `Refusal`."""
         token = self._subjects.last_token(subject)
         try:
             model = unescape_model(token)
         except (ValueError, UnicodeDecodeError):
             raise Refusal("unknown_model", f"{token[:80]!r} is not a model's name as a subject token") from None
-        parsed = parse_infer(payload, headers.get("Content-Type"), model, default_key=default_key)
+        parsed = parser(payload, headers.get("Content-Type"), model, default_key=default_key)
         if not self._live():
             raise Refusal("not_ready", "this control is still reading the ledger", retry_ms=1000)
         placement = self._placement()
@@ -199,6 +227,12 @@ class Intake:
             have = ", ".join(sorted(name for name, one in placement.models.items() if not one.removed)) or "none"
             raise Refusal("unknown_model", f"no model {model!r} in this cell; it has: {have[:500]}")
         card, generation = known.card, parsed.accepted.generation
+        if generation.inputs is not None:
+            _check_inputs(generation.inputs, card)
+            about(parsed.request)
+            return parsed
+        if card.kind == "encoder":
+            raise Refusal("bad_request", f"{model} makes embeddings and no text: ask embed instead of infer")
         if generation.max_tokens > card.context:
             raise Refusal(
                 "bad_request",
@@ -227,7 +261,7 @@ class Intake:
         return parsed
 
     async def accept(self, parsed: ParsedRequest, reply: str) -> Status:
-        """Append an accepted request. Raises `Refusal` where the cell has no room."""
+        """Append an accepted request. Raises `Refusal` where the cell has no room, or where parts are missing."""
         known = self._requests().known(parsed.request)
         placement = self._placement()
         limit, several = placement.configuration.queue_limit, parsed.accepted.generation.n
@@ -251,6 +285,8 @@ class Intake:
         if known is not None and not again:
             key, client = fact.key, fact.client
             raise Refusal("key_reused", f"the key {key!r} of client {client!r} was used for another request before")
+        if not again and fact.generation.parts is not None:
+            fact = msgspec.structs.replace(fact, deadline_ms=await self._deadline(fact, fact.generation.parts))
         try:
             if not again:
                 mark = hashlib.blake2b(f"{body} {reply} {parsed.start}".encode(), digest_size=8).hexdigest()
@@ -275,6 +311,27 @@ class Intake:
         if self._requests().known(request) is None:
             await self._catch_up()
         return self._requests().known(request) is not None
+
+    async def _deadline(self, fact: RequestAccepted, parts: PromptParts) -> int:
+        """Milliseconds until the request has to have ended: before its parts expire. Raises `Refusal`."""
+        left = self._parts_age_ns
+        try:
+            for index in dict.fromkeys((0, parts.count - 1)):
+                record = await self._bus.parts.last(self._subjects.part(parts.upload, index))
+                if record is None:
+                    raise Refusal("unknown_parts", missing(parts, index))
+                left = min(left, record.timestamp + self._parts_age_ns - self._bus.wall())
+        except NoAnswer:
+            raise Refusal(
+                "not_ready", "the parts of the prompt cannot be looked at: try again", retry_ms=1000
+            ) from None
+        if not self._parts_age_ns:
+            return fact.deadline_ms
+        left_ms = left // 1_000_000 - PARTS_MARGIN_MS
+        if left_ms <= 0:
+            soon = f"the parts of upload {parts.upload} expire within {PARTS_MARGIN_MS // 1000} s"
+            raise Refusal("unknown_parts", f"{soon}: upload them again under another name")
+        return min(fact.deadline_ms, left_ms) if fact.deadline_ms else left_ms
 
     async def state(self, actor: str, message: Message, message_id: str) -> Appended:
         """Append a fact under intake's name."""
@@ -422,6 +479,20 @@ class Intake:
     def _placement(self) -> PlacementState:
         actor = self._cell().actors.get("placement")
         return cast(PlacementState, actor.state) if actor is not None else PlacementState()
+
+
+def _check_inputs(inputs: tuple[Input, ...], card: ModelCard) -> None:
+    """What can be known of inputs without a tokenizer. Raises `Refusal`."""
+    for number, item in enumerate(inputs):
+        if isinstance(item, str):
+            continue
+        if len(item) > card.context:
+            size = f"tokens[{number}] has {len(item)} tokens"
+            raise Refusal("bad_request", f"{size}, the context of {card.model} is {card.context}")
+        wrong = next((token for token in item if token >= card.vocabulary), None)
+        if wrong is not None:
+            outside = f"token id {wrong} in tokens[{number}] is outside"
+            raise Refusal("bad_request", f"{outside} of {card.model}'s vocabulary of {card.vocabulary}")
 
 
 def _percent(usage: Usage) -> int:

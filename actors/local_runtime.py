@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from actors.worker_runtime import AttachRefused, EncodedPrompt, PromptRefused, StepResult, sampling_of
-from bus.messages import Generation
+from bus.messages import Generation, Input
 from bus.subjects import escape_model
 from loaders import CheckpointError, open_checkpoint
-from models.contract import Engine, SequenceStart
+from models.contract import Engine, Sampling, SequenceStart
 from models.errors import ModelError
 from models.instance import Instance, load_instance, text_decoder
 from models.sequence import answer_texts
@@ -123,6 +123,9 @@ class LocalRuntime:
         if instance is None:
             raise AttachRefused(f"{model} is not attached here any more", retry=True)
         try:
+            if generation.inputs is not None:
+                inputs = _encode_inputs(instance, generation.inputs)
+                return EncodedPrompt((), Sampling(len(inputs)), inputs)
             if generation.tokens is not None:
                 prompt = generation.tokens
             elif generation.messages is not None:
@@ -141,6 +144,11 @@ class LocalRuntime:
         if instance is None:
             raise AttachRefused(f"{model} is not attached here any more", retry=True)
         return answer_texts(start, text_decoder(instance.tokenizer), instance.defaults.eos)
+
+
+def _encode_inputs(instance: Instance, inputs: tuple[Input, ...]) -> tuple[tuple[int, ...], ...]:
+    texts = iter(instance.encode_inputs([item for item in inputs if isinstance(item, str)]))
+    return tuple(tuple(next(texts)) if isinstance(item, str) else item for item in inputs)
 
 
 def _step(model: str, engine: Engine) -> StepResult:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from bus.contract import Bus, BusError, NoAnswer
+from bus.embeddings import encode_answer
 from bus.logprobs import TokenLogprobs
 from bus.messages import ChoicesEnded, Message, ReaderRefused, ReplyTo, RequestEnded, ShowPositions, Span
 from bus.pages import Page, decode_page
@@ -45,6 +46,7 @@ PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 CHUNK_TOKENS = 512
 CHUNK_TOKENS_LOGPROBS = 64
 """Of these, each token may bring as much text as twenty others."""
+CHUNK_VECTOR_BYTES = 300_000
 REPLY_LIMIT_BYTES = 1_000_000
 """Largest payload that is published: a NATS server takes 1 MB by default, headers included."""
 
@@ -60,6 +62,7 @@ class Position(NamedTuple):
     token: int
     text: str
     logprobs: TokenLogprobs | None
+    vector: bytes = b""
 
 
 async def read_span(bus: Bus, subjects: Subjects, request: str, span: Span) -> list[Position]:
@@ -79,7 +82,9 @@ async def read_span(bus: Bus, subjects: Subjects, request: str, span: Span) -> l
                         for offset, token in enumerate(sequence.tokens):
                             at_position = sequence.position + offset
                             logprobs = sequence.logprobs[offset] if sequence.logprobs else None
-                            found[at_position] = Position(at_position, token, sequence.texts[offset], logprobs)
+                            vector = sequence.vectors[offset] if sequence.vectors else b""
+                            text = sequence.texts[offset]
+                            found[at_position] = Position(at_position, token, text, logprobs, vector)
     except TimeoutError:
         if await bus.tokens.get(span.last_page) is None:
             raise PagesGone from None
@@ -221,8 +226,9 @@ class ResultsReader:
         await self._bus.publish(message.reply.subject, b"")
 
     async def _publish(self, reply: ReplyTo, chunk: Chunk) -> None:
-        payload = encode_chunk(chunk, reply.encoding)
-        if len(payload) > REPLY_LIMIT_BYTES:
+        if reply.form:
+            payload = encode_answer(chunk, reply.form, reply.encoding)
+        elif len(payload := encode_chunk(chunk, reply.encoding)) > REPLY_LIMIT_BYTES:
             payload = encode_chunk(too_large(chunk, len(payload)), reply.encoding)
         await self._bus.publish(reply.subject, payload, headers=reply_headers(reply.encoding) or None)
 
@@ -251,6 +257,7 @@ class ResultsReader:
             usage=TokenCounts(ended.prompt_tokens, ended.positions),
             error=error,
             logprobs=tuple(one.logprobs for one in positions if one.logprobs is not None),
+            vectors=tuple(one.vector for one in positions if one.vector),
         )
 
     async def _read(self, ended: RequestEnded) -> tuple[list[Position], ErrorBody | None]:
@@ -293,6 +300,8 @@ def _chunks(message: Of, positions: list[Position], start: int) -> list[Chunk]:
     while wanted:
         count = 1
         limit = CHUNK_TOKENS if wanted[0].logprobs is None else CHUNK_TOKENS_LOGPROBS
+        if wanted[0].vector:
+            limit = max(1, CHUNK_VECTOR_BYTES // len(wanted[0].vector))
         while count < min(len(wanted), limit) and wanted[count].position == wanted[0].position + count:
             count += 1
         part, wanted = wanted[:count], wanted[count:]
@@ -315,6 +324,7 @@ def _chunk(message: Of, position: int, part: list[Position]) -> Chunk:
         [one.text for one in part],
         logprobs=[one.logprobs for one in part if one.logprobs is not None],
         choice=0 if choice is None else choice.index,
+        vectors=[one.vector for one in part if one.vector],
     )
 
 

@@ -61,6 +61,9 @@ class StubRuntime:
         self.engines.pop(model, None)
 
     async def encode(self, model: str, generation: Generation) -> EncodedPrompt:
+        if generation.inputs is not None:
+            inputs = tuple(tuple(item.encode()) if isinstance(item, str) else item for item in generation.inputs)
+            return EncodedPrompt((), Sampling(len(inputs)), inputs)
         if generation.tokens is not None:
             prompt = generation.tokens
         elif generation.messages is not None:

@@ -16,6 +16,7 @@ import structlog
 from actors.intake import Intake
 from bus.api import Refusal, encode_reply, parse_key
 from bus.contract import BusError
+from bus.embeddings import parse_submitted
 from bus.jetstream import JetStreamBus
 from bus.subjects import Subjects
 
@@ -68,7 +69,7 @@ async def _submit(message: Any, bus: JetStreamBus, intake: Intake, subjects: Sub
     key = f"submit:{message.metadata.sequence.stream}"
     headers = dict(message.headers or {})
     try:
-        parsed = intake.parse(message.subject, message.data, headers, default_key=key)
+        parsed = intake.parse(message.subject, message.data, headers, default_key=key, parser=parse_submitted)
         status = await intake.accept(parsed, "")
         if status.status == "accepted":
             await message.ack()

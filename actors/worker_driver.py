@@ -49,7 +49,7 @@ from bus.messages import (
 from bus.pages import Page, PageEnd, encode_page
 from bus.subjects import Subjects
 from bus.tasks import Tasks
-from models.contract import NO_TOKEN, AdmissionRefused, Engine, Sampling, SequenceStart, TokenEvent
+from models.contract import NO_TOKEN, AdmissionRefused, Engine, Sampling, SequenceStart, VectorEvent
 
 PROGRESS_SECONDS = 1.0
 PROGRESS_LIMIT = 256
@@ -107,7 +107,7 @@ class _Work:
     def __init__(self, bus: Bus, subjects: Subjects, name: str, runtime: WorkerRuntime, epoch: Epoch) -> None:
         self._epoch = epoch
         self._runtime = runtime
-        self._prompts = Prompts(bus.ledger, bus.tokens, subjects)
+        self._prompts = Prompts(bus.ledger, bus.tokens, bus.parts, subjects)
         self._showing = Showing(bus)
         self._writer = TokenWriter(bus.tokens, subjects.tokens(name, epoch.number), publisher=epoch.boot)
         self._tasks = Tasks()
@@ -212,22 +212,29 @@ class _Work:
             if effect.model not in self._engines:
                 raise AttachRefused(f"{effect.model} is not attached here", retry=True)
             generation = effect.generation or await self._prompts.generation(effect)
-            earlier, logprobs = await self._prompts.earlier(effect, logprobs=generation.logprobs >= 0)
+            generation = await self._prompts.assembled(generation)
+            earlier = await self._prompts.earlier(
+                effect, logprobs=generation.logprobs >= 0, vectors=generation.inputs is not None
+            )
             if effect.choice is not None:
                 generation = structs.replace(generation, seed=generation.seed + effect.choice.index)
             encoded = await self._runtime.encode(effect.model, generation)
-            sampling = self._fit(effect.model, len(encoded.prompt), encoded.sampling)
-            start = SequenceStart(sequence.key, encoded.prompt, earlier, sampling)
-            texts = await self._runtime.texts(effect.model, start) if earlier else ()
+            if encoded.inputs:
+                start = SequenceStart(sequence.key, (), earlier.tokens, encoded.sampling, encoded.inputs)
+                texts: tuple[str, ...] = ("",) * len(earlier.tokens)
+            else:
+                sampling = self._fit(effect.model, len(encoded.prompt), encoded.sampling)
+                start = SequenceStart(sequence.key, encoded.prompt, earlier.tokens, sampling)
+                texts = await self._runtime.texts(effect.model, start) if earlier.tokens else ()
         except AttachRefused as refused:
             self._refuse(sequence, str(refused), retry=refused.retry)
         except (PromptRefused, NotKept) as refused:
             self._refuse(sequence, str(refused))
         else:
-            sequence.prepare(start, texts, logprobs)
+            sequence.prepare(start, texts, earlier.logprobs, earlier.vectors)
             self._admission.append(sequence)
             self._compute_wanted.set()
-            if earlier:
+            if earlier.tokens:
                 self._show_soon(sequence)
 
     def _fit(self, model: str, prompt_tokens: int, sampling: Sampling) -> Sampling:
@@ -319,11 +326,14 @@ class _Work:
             return
         self._troubled.pop(result.model, None)
         for event in result.events:
-            assert isinstance(event, TokenEvent), "no effect starts an embedding yet"
             sequence = self._held[event.key]
             assert event.position == len(sequence.tokens), "an engine emits every position once, in order"
             if not sequence.first_token_at:
                 sequence.first_token_at = self._now()
+            if isinstance(event, VectorEvent):
+                empty = ("",) * len(event.counts)
+                batch.add(sequence, event.counts, empty, "stop" if event.done else "", vectors=event.vectors)
+                continue
             tokens, texts = ((event.token,), (event.text,)) if event.token != NO_TOKEN else ((), ())
             end: PageEnd = "" if event.end is None else "stop" if event.end == "stop" else "length"
             batch.add(sequence, tokens, texts, end, (event.logprobs,) if event.logprobs is not None else ())

@@ -21,6 +21,7 @@ from bus.messages import (
     decode_fact_body,
 )
 from bus.pages import Page, decode_page
+from bus.parts import PartsRefused, assemble, fetch
 from bus.subjects import Subjects
 
 RETRY_SECONDS = 0.1
@@ -37,18 +38,20 @@ class NotKept(Exception):
 
 
 class Earlier(NamedTuple):
-    """Positions of an answer that others decoded; `logprobs` may be empty."""
+    """Positions of an answer that others computed; `logprobs` and `vectors` may be empty."""
 
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
+    vectors: tuple[bytes, ...] = ()
 
 
 class Prompts:
     """Reads what `sequence.start` cites. An outage is waited for; only what is certainly not there is `NotKept`."""
 
-    def __init__(self, ledger: Log, tokens: Log, subjects: Subjects) -> None:
+    def __init__(self, ledger: Log, tokens: Log, parts: Log, subjects: Subjects) -> None:
         self._ledger = ledger
         self._tokens = tokens
+        self._parts = parts
         self._subjects = subjects
         self._facts: dict[int, Message] = {}
 
@@ -60,22 +63,43 @@ class Prompts:
             raise NotKept(f"ledger sequence {start.accepted} does not hold request {start.request}")
         return fact.generation
 
-    async def earlier(self, start: StartSequence, *, logprobs: bool = False) -> Earlier:
-        """The answer before `start.position`, with `logprobs` if wanted (only pages have them). Raises `NotKept`."""
+    async def assembled(self, generation: Generation) -> Generation:
+        """The same with its prompt in the place of parts. Raises `NotKept` where they are missing or make no prompt."""
+        cited = generation.parts
+        if cited is None:
+            return generation
+
+        async def parts() -> bytes:
+            return await fetch(self._parts, self._subjects, cited)
+
+        try:
+            data = await _patiently(parts)
+            return assemble(generation, data)
+        except PartsRefused as refused:
+            raise NotKept(str(refused)) from None
+
+    async def earlier(self, start: StartSequence, *, logprobs: bool = False, vectors: bool = False) -> Earlier:
+        """The answer before `start.position`, with `logprobs` or `vectors` if wanted: only pages have these. Raises
+        `NotKept`.
+        """
         tokens: list[int] = []
         found_logprobs: list[TokenLogprobs] = []
+        found_vectors: list[bytes] = []
         for span in start.history:
             if span.first > len(tokens):
                 break
-            sealed = span.sealed and not logprobs
+            sealed = span.sealed and not (logprobs or vectors)
             found = await (self._sealed(start, span) if sealed else self._paged(start, span))
-            del tokens[span.first :], found_logprobs[span.first :]
+            del tokens[span.first :], found_logprobs[span.first :], found_vectors[span.first :]
             tokens += found.tokens
             found_logprobs += found.logprobs
+            found_vectors += found.vectors
         known = min(len(tokens), len(found_logprobs)) if logprobs else len(tokens)
+        known = min(known, len(found_vectors)) if vectors else known
         if known < start.position:
             raise NotKept(f"positions {known} to {start.position - 1} of the answer are not kept any more")
-        return Earlier(tuple(tokens[: start.position]), tuple(found_logprobs[: start.position]))
+        until = start.position
+        return Earlier(tuple(tokens[:until]), tuple(found_logprobs[:until]), tuple(found_vectors[:until]))
 
     async def _sealed(self, start: StartSequence, span: Span) -> Earlier:
         fact = await self._fact(span.sealed)
@@ -99,6 +123,7 @@ class Prompts:
     async def _read_pages(self, start: StartSequence, span: Span) -> Earlier:
         tokens: list[int] = []
         logprobs: list[TokenLogprobs] = []
+        vectors: list[bytes] = []
         size = span.next - span.first
         subject = self._subjects.tokens(span.worker, span.epoch)
         reader = await self._tokens.read([subject], start=span.first_page)
@@ -107,7 +132,7 @@ class Prompts:
                 while True:
                     for record in await reader.batch():
                         if record.sequence > span.last_page:
-                            return Earlier(tuple(tokens), tuple(logprobs))
+                            return Earlier(tuple(tokens), tuple(logprobs), tuple(vectors))
                         page = decode_page(record.payload)
                         for part in page.sequences if isinstance(page, Page) else ():
                             if (part.request, part.attempt) != (start.request, span.attempt):
@@ -115,12 +140,13 @@ class Prompts:
                             if part.position == span.first + len(tokens):
                                 tokens += part.tokens
                                 logprobs += part.logprobs
+                                vectors += part.vectors
                         if record.sequence == span.last_page:
-                            return Earlier(tuple(tokens[:size]), tuple(logprobs[:size]))
+                            return Earlier(tuple(tokens[:size]), tuple(logprobs[:size]), tuple(vectors[:size]))
         except TimeoutError:
             raise NoAnswer(f"{subject} did not arrive within {PAGES_SECONDS:g} s") from None
         except ValueError:  # a record that is no page: what lies behind it counts as not kept
-            return Earlier(tuple(tokens), tuple(logprobs))
+            return Earlier(tuple(tokens), tuple(logprobs), tuple(vectors))
         finally:
             await reader.close()
 

@@ -22,10 +22,11 @@ class PromptRefused(Exception):
 
 
 class EncodedPrompt(NamedTuple):
-    """A prompt as tokens, and how to sample, with the model's defaults filled in."""
+    """A prompt as tokens, and how to sample, with the model's defaults filled in; or the inputs of an embedding."""
 
     prompt: tuple[int, ...]
     sampling: Sampling
+    inputs: tuple[tuple[int, ...], ...] = ()
 
 
 def sampling_of(generation: Generation, defaults: Sampling) -> Sampling:

@@ -37,9 +37,9 @@ class ReplyReader:
 class HeldSequence:
     """One attempt of one request, from the effect that started it to the fact that answers it.
 
-    `tokens`, `texts` and `logprobs` (empty where nobody asks for them) begin at position 0, whoever decoded them; those
-    before `durable` are acknowledged, and `digest` covers these. `end` is set when a page that ends it is on its way,
-    `ended` once that is acknowledged.
+    `tokens`, `texts`, `logprobs` and `vectors` (the last two empty where nobody asks for them) begin at position 0,
+    whoever computed them; those before `durable` are acknowledged, and `digest` covers these. `end` is set when a page
+    that ends it is on its way, `ended` once that is acknowledged.
     """
 
     effect: StartSequence
@@ -51,6 +51,7 @@ class HeldSequence:
     tokens: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    vectors: list[bytes] = field(default_factory=list)
     durable: int = 0
     digest: str = ""
     stopping: Stop = ""
@@ -67,14 +68,20 @@ class HeldSequence:
 
     @property
     def prompt_tokens(self) -> int:
-        return len(self.start.prompt) if self.start is not None else 0
+        return self.start.prompt_tokens if self.start is not None else 0
 
     @property
     def leaving(self) -> bool:
         """Nothing more is decoded for it."""
         return bool(self.end or self.failure)
 
-    def prepare(self, start: SequenceStart, texts: Iterable[str], logprobs: Iterable[TokenLogprobs]) -> None:
+    def prepare(
+        self,
+        start: SequenceStart,
+        texts: Iterable[str],
+        logprobs: Iterable[TokenLogprobs] = (),
+        vectors: Iterable[bytes] = (),
+    ) -> None:
         """Everything is known that the engine needs. What is durable from earlier attempts counts as such here."""
         self.start = start
         self.tokens, self.texts = list(start.generated), list(texts)
@@ -82,6 +89,9 @@ class HeldSequence:
         if start.sampling.logprobs >= 0:
             self.logprobs = list(logprobs)
             assert len(self.logprobs) == len(self.tokens), "logprobs for each earlier token"
+        if start.inputs:
+            self.vectors = list(vectors)
+            assert len(self.vectors) == len(self.tokens), "a vector for each earlier input"
         self.durable = len(self.tokens)
         self.digest = tokens_digest(self.tokens)
 
@@ -149,12 +159,14 @@ class Batch:
         texts: tuple[str, ...],
         end: PageEnd,
         logprobs: tuple[TokenLogprobs, ...] = (),
+        vectors: tuple[bytes, ...] = (),
     ) -> None:
         """The next positions of a sequence, and how it ended with them if it did."""
         position = len(sequence.tokens)
         sequence.tokens += tokens
         sequence.texts += texts
         sequence.logprobs += logprobs
+        sequence.vectors += vectors
         sequence.end = end
         part = PageSequence(
             request=sequence.effect.request,
@@ -165,6 +177,7 @@ class Batch:
             end=end,
             prompt_tokens=sequence.prompt_tokens if end else 0,
             logprobs=logprobs,
+            vectors=vectors,
         )
         self.entries.append(PageEntry(sequence, part))
 

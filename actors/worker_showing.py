@@ -6,10 +6,12 @@ import logging
 
 from actors.worker_sequences import HeldSequence, ReplyReader
 from bus.contract import Bus, BusError
+from bus.embeddings import encode_answer
 from bus.messages import OUTPUT_LIMIT_BYTES
 from bus.replies import Chunk, ChunkEnd, TokenCounts, chunk_of, encode_chunk, reply_headers, too_large
 
 POSITIONS_PER_CHUNK = 2000
+VECTORS_PER_CHUNK_BYTES = 300_000
 
 logger = logging.getLogger("longshore.driver")
 
@@ -38,12 +40,12 @@ class Showing:
             first = min(reader.next, sequence.durable) if sequence.ended else reader.next
             if first >= sequence.durable and not sequence.ended:
                 return
-            following = sequence.durable if reply.single else min(sequence.durable, first + POSITIONS_PER_CHUNK)
+            following = sequence.durable if reply.single else min(sequence.durable, first + _most(sequence))
             payload = self._chunk(sequence, first, following, reader)
             while len(payload) > OUTPUT_LIMIT_BYTES and following - first > 1 and not reply.single:
                 following = first + max(1, (following - first) // (len(payload) // OUTPUT_LIMIT_BYTES + 2))
                 payload = self._chunk(sequence, first, following, reader)
-            if len(payload) > OUTPUT_LIMIT_BYTES and reply.single:
+            if len(payload) > OUTPUT_LIMIT_BYTES and reply.single and not reply.form:
                 usage = TokenCounts(sequence.prompt_tokens, sequence.durable)
                 whole = Chunk(sequence.effect.request, first, (), "", usage=usage)
                 payload = encode_chunk(too_large(whole, len(payload)), reply.encoding)
@@ -56,7 +58,8 @@ class Showing:
                 await self._bus.publish(reply.subject, b"")
 
     def _chunk(self, sequence: HeldSequence, first: int, following: int, reader: ReplyReader) -> bytes:
-        key = (first, following, reader.reply.encoding)
+        form = reader.reply.form
+        key = (first, following, f"{reader.reply.encoding} {form}")
         payload = self._encoded.get(key)
         if payload is None:
             end: ChunkEnd = ""
@@ -75,9 +78,18 @@ class Showing:
                 logprobs=sequence.logprobs[first:following],
                 choice=choice.index if choice is not None else 0,
                 n=choice.of if choice is not None and end else 1,
+                vectors=sequence.vectors[first:following],
             )
-            payload = self._encoded[key] = encode_chunk(chunk, reader.reply.encoding)
+            encoding = reader.reply.encoding
+            payload = encode_answer(chunk, form, encoding) if form else encode_chunk(chunk, encoding)
+            self._encoded[key] = payload
         return payload
+
+
+def _most(sequence: HeldSequence) -> int:
+    """Positions of one chunk, at the most."""
+    vector = len(sequence.vectors[0]) if sequence.vectors else 0
+    return max(1, VECTORS_PER_CHUNK_BYTES // vector) if vector else POSITIONS_PER_CHUNK
 
 
 def _behind(sequence: HeldSequence) -> ReplyReader | None:

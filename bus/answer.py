@@ -74,11 +74,12 @@ class Patience:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """How to ask for an answer from a position on: where, and with which body."""
+    """How to ask for an answer from a position on: where, with which body, and after what (which may be repeated)."""
 
     subject: str
     body: Callable[[int], bytes]
     headers: dict[str, str]
+    before: Callable[[], Awaitable[None]] | None = None
 
 
 class Answer:
@@ -260,6 +261,9 @@ class Answer:
         if self.questions > 1:
             self._wait = min(self._wait * 2, LONGEST_WAIT_SECONDS)
         assert self._inbox is not None
+        if question.before is not None:
+            await question.before()
+            self._asked = self._heard = asyncio.get_running_loop().time()
         body = question.body(self._positions.next)
         await self._bus.publish(question.subject, body, reply=self._inbox.subject, headers=question.headers)
 

@@ -25,10 +25,13 @@ from bus.messages.requests import (
     ChatMessage,
     Encoding,
     Generation,
+    PromptParts,
     ReplyTo,
     RequestAccepted,
+    VectorForm,
     request_id,
 )
+from bus.part_limits import PARTS_LIMIT
 from bus.replies import (
     MSGPACK_TYPE,
     Chunk,
@@ -69,12 +72,13 @@ _REQUEST_ID = re.compile(r"[0-9a-f]{32}\Z")
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """A valid request. `start`, `stream` and `encoding` say what its reader wants to see."""
+    """A valid request. `start`, `stream`, `encoding` and `form` say what its reader wants to see."""
 
     accepted: RequestAccepted
     start: int
     stream: bool
     encoding: Encoding
+    form: VectorForm = ""
 
     @property
     def request(self) -> str:
@@ -84,7 +88,8 @@ class ParsedRequest:
         """The fact to append; an empty subject stands for a request without a reader."""
         if not reply_subject:
             return self.accepted
-        reply = ReplyTo(reply_subject, self.start, self.encoding, not self.stream)
+        form: VectorForm = "" if self.stream else self.form
+        reply = ReplyTo(reply_subject, self.start, self.encoding, not self.stream, form)
         return msgspec.structs.replace(self.accepted, reply=reply)
 
 
@@ -235,6 +240,16 @@ def _logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
     return tuple(sorted(biases.items()))
 
 
+def _prompt_parts(name: str, value: Any) -> PromptParts:
+    try:
+        return msgspec.convert(value, PromptParts)
+    except msgspec.ValidationError as error:
+        raise bad(
+            f"{name} must be {{upload, count, digest, form?}}, with a count of 1 to {PARTS_LIMIT} and a digest of 64 "
+            f"hexadecimal digits: {error}"
+        ) from None
+
+
 _INFER: dict[str, Check] = {
     "prompt": _prompt,
     "messages": _messages,
@@ -259,6 +274,7 @@ _INFER: dict[str, Check] = {
     "deadline_ms": _whole(0, DEADLINE_LIMIT_MS),
     "from": _whole(0, POSITION_LIMIT),
     "stream": _flag,
+    "prompt_parts": _prompt_parts,
 }
 _RESUME: dict[str, Check] = {"from": _INFER["from"], "stream": _flag}
 _MODEL: dict[str, Check] = {"model": _name}
@@ -314,10 +330,10 @@ def parse_infer(payload: bytes, content_type: str | None, model: str, *, default
     if not 1 <= len(model) <= NAME_LIMIT:
         raise Refusal("unknown_model", f"a model's name has 1 to {NAME_LIMIT} characters, got {len(model)}")
     values = _fields(payload, encoding, _INFER)
-    inputs = [name for name in ("prompt", "messages", "tokens") if name in values]
+    inputs = [name for name in ("prompt", "messages", "tokens", "prompt_parts") if name in values]
     if len(inputs) != 1:
         got = " and ".join(inputs) or "none of them"
-        raise bad(f"give exactly one of prompt, messages and tokens, got {got}")
+        raise bad(f"give exactly one of prompt, messages, tokens and prompt_parts, got {got}")
     client = values.get("client", DEFAULT_CLIENT)
     key = values.get("key") or default_key or secrets.token_hex(16)
     request = request_id(client, key)
@@ -326,6 +342,7 @@ def parse_infer(payload: bytes, content_type: str | None, model: str, *, default
         prompt=values.get("prompt"),
         messages=values.get("messages"),
         tokens=values.get("tokens"),
+        parts=values.get("prompt_parts"),
         temperature=values.get("temperature", -1.0),
         top_p=values.get("top_p", -1.0),
         top_k=values.get("top_k", -1),

@@ -9,7 +9,7 @@
         result = await client.result(request, wait=60)
 
 What is imported from here is the public surface: `Client`, `Answer` (what `infer` and `resume` return), `Chunk`,
-`Result`, `TokenCounts`, `Patience`, `RequestFields`, `RequestFailed`, `Unreachable`.
+`Result`, `Embeddings`, `TokenCounts`, `Patience`, `RequestFields`, `RequestFailed`, `Unreachable`.
 
 Every request gets an idempotency key, so that the library may repeat it whenever an answer stays out. What a cell
 refuses or fails raises `RequestFailed`, with a `code` to program against. All answers of a client come over one
@@ -22,8 +22,9 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
 import msgspec
@@ -32,12 +33,17 @@ from bus.answer import Answer, Patience, Question, RequestFailed
 from bus.api import DEFAULT_CLIENT, Refusal, parse_infer
 from bus.contract import Bus, BusError, NoAnswer, NoResponders, Unreachable
 from bus.credentials import DEFAULT_URL, ConnectionOptions
+from bus.embeddings import numbers
 from bus.messages.envelope import OUTPUT_LIMIT_BYTES
 from bus.messages.requests import CHOICES_LIMIT, Encoding, request_id
+from bus.part_limits import PART_LIMIT_BYTES
+from bus.parts import Upload, UploadFailed, large_form
 from bus.replies import Chunk, Result, Status, TokenCounts, decode_reply, encode_reply, reply_headers
 from bus.subjects import Subjects
 
 ASK_SECONDS = 2.0
+PARTS_FROM_BYTES = 256 * 1024
+"""From this size on a prompt goes to the cell in parts, ahead of its request."""
 _FIRST_POLL_SECONDS = 0.05
 _LAST_POLL_SECONDS = 1.0
 
@@ -66,10 +72,24 @@ class RequestFields(TypedDict, total=False):
     deadline_ms: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """The vectors of one request in the order of its inputs, as bytes (float32, little endian) and as numbers."""
+
+    request: str
+    vectors: tuple[bytes, ...]
+    prompt_tokens: int
+
+    @property
+    def numbers(self) -> list[list[float]]:
+        return [numbers(vector) for vector in self.vectors]
+
+
 class Client:
     """Asks one cell over one bus. `Client.connect` opens and closes a connection of its own.
 
-    `name` is the `client` of its requests: keys are unique within it, so programs that share keys share the name.
+    `name` is the `client` of its requests: keys are unique within it, so programs that share keys share the name. A
+    prompt of more than `parts_from_bytes` goes to the cell in parts (`bus.parts`), up to 8 MiB.
     """
 
     def __init__(
@@ -80,6 +100,7 @@ class Client:
         name: str = DEFAULT_CLIENT,
         encoding: Encoding = "json",
         patience: Patience | None = None,
+        parts_from_bytes: int = PARTS_FROM_BYTES,
     ) -> None:
         self.bus = bus
         self.name = name
@@ -87,6 +108,7 @@ class Client:
         self._encoding: Encoding = encoding
         self._headers = reply_headers(encoding)
         self._patience = patience or Patience()
+        self._parts_from_bytes = parts_from_bytes
         self._open: dict[int, Answer] = {}
         self._submitted: dict[str, None] = {}
 
@@ -145,11 +167,63 @@ class Client:
         key = secrets.token_hex(16) if key is None else key
         if not model:
             raise RequestFailed("unknown_model", "the name of the model is empty")
-        body = self._fields(dict(fields), prompt=prompt, key=key)
+        body, upload = self._in_parts(self._fields(dict(fields), prompt=prompt, key=key))
         self._encode(body)
         request = request_id(body["client"], key)
-        first = Question(self._subjects.infer(model), lambda at: self._encode(body | {"from": at}), self._headers)
+        first = Question(
+            self._subjects.infer(model),
+            lambda at: self._encode(body | {"from": at}),
+            self._headers,
+            self._store(upload),
+        )
         return self._answer(request, first, start, cancel_on_close, timeout, body.get("n", 1))
+
+    def embedding(
+        self,
+        model: str,
+        inputs: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        key: str | None = None,
+        start: int = 0,
+        cancel_on_close: bool = False,
+        timeout: float | None = None,
+        deadline_ms: int | None = None,
+    ) -> Answer:
+        """The vectors of texts (or of lists of token ids) as they are made: position i is input i, and a chunk's
+        `vectors` are float32, little endian. Arguments as of `infer`; `embed` gives the numbers of all of them.
+        """
+        key = secrets.token_hex(16) if key is None else key
+        if not model:
+            raise RequestFailed("unknown_model", "the name of the model is empty")
+        texts = not inputs or isinstance(inputs[0], str)
+        given: dict[str, Any] = {"input" if texts else "tokens": list(inputs), "deadline_ms": deadline_ms}
+        body = self._fields(given, key=key, stream=True)
+        self._encode(body)
+        request = request_id(body["client"], key)
+        first = Question(self._subjects.embed(model), lambda at: self._encode(body | {"from": at}), self._headers)
+        return self._answer(request, first, start, cancel_on_close, timeout)
+
+    async def embed(
+        self,
+        model: str,
+        inputs: str | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        key: str | None = None,
+        timeout: float | None = None,
+        deadline_ms: int | None = None,
+    ) -> Embeddings:
+        """One vector for each text (or list of token ids), at most 256 of them, in one request.
+
+        Raises `RequestFailed`, also (`cancelled`, `deadline`) where it ended before all vectors were made.
+        """
+        several: Sequence[str] | Sequence[Sequence[int]] = [inputs] if isinstance(inputs, str) else inputs
+        answer = self.embedding(model, several, key=key, timeout=timeout, deadline_ms=deadline_ms)
+        vectors = [vector async for chunk in answer for vector in chunk.vectors]
+        if answer.end != "stop":
+            how = f"ended as {answer.end} after {len(vectors)} of {len(several)} vectors"
+            raise RequestFailed(answer.end or "failed", f"request {answer.request_id} {how}")
+        tokens = answer.usage.prompt_tokens if answer.usage is not None else 0
+        return Embeddings(answer.request_id, tuple(vectors), tokens)
 
     def resume(
         self, request: str, start: int = 0, *, cancel_on_close: bool = False, timeout: float | None = None
@@ -199,12 +273,14 @@ class Client:
         `RequestFailed` before anything is sent.
         """
         key = secrets.token_hex(16) if key is None else key
-        body = self._fields(dict(fields), prompt=prompt, key=key)
+        body, upload = self._in_parts(self._fields(dict(fields), prompt=prompt, key=key))
         payload = self._encode(body)
         try:
             request = parse_infer(payload, self._headers.get("Content-Type"), model).request
         except Refusal as refusal:
             raise RequestFailed(refusal.name, refusal.message, refusal.retry_ms) from None
+        if (store := self._store(upload)) is not None:
+            await store()
         acknowledged = await self._ask(self._subjects.submit(model), payload, patient=True)
         try:
             error = msgspec.json.decode(acknowledged, type=_Acknowledged).error
@@ -277,6 +353,40 @@ class Client:
             if isinstance(value, float) and not math.isfinite(value):
                 raise RequestFailed("bad_request", f"{name} must be a finite number, got {value}")
         return body
+
+    def _in_parts(self, body: dict[str, Any]) -> tuple[dict[str, Any], Upload | None]:
+        """The body with a reference in the place of a prompt that is too large for one message, and its parts."""
+        form = large_form(body, self._parts_from_bytes)
+        if not form:
+            return body, None
+        name = f"{body['client']}\0{body['key']}"
+        try:
+            upload = Upload.of(form, body[form], name, part_bytes=min(PART_LIMIT_BYTES, self._parts_from_bytes))
+        except UploadFailed as failed:
+            raise RequestFailed("too_large", str(failed)) from None
+        except UnicodeEncodeError:
+            raise RequestFailed("bad_request", f"{form} has a text that is not valid Unicode") from None
+        cited = {"prompt_parts": msgspec.to_builtins(upload.cited)}
+        return {name: value for name, value in body.items() if name != form} | cited, upload
+
+    def _store(self, upload: Upload | None) -> Callable[[], Awaitable[None]] | None:
+        if upload is None:
+            return None
+        stored = False
+
+        async def store() -> None:
+            nonlocal stored
+            if stored:
+                return
+            try:
+                await upload.store(self.bus.parts, self._subjects, patience=self._patience.total)
+            except UploadFailed as failed:
+                raise RequestFailed("not_ready", str(failed), 1000) from None
+            except BusError as error:
+                raise RequestFailed("bus", str(error)) from None
+            stored = True
+
+        return store
 
     def _encode(self, body: dict[str, Any]) -> bytes:
         try:

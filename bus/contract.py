@@ -85,13 +85,14 @@ class Appended(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """How full a log is. `limit_bytes` is 0 where there is no limit."""
+    """How full a log is. `limit_bytes` is 0 where there is no limit, `max_age_ns` where nothing expires."""
 
     messages: int
     stored_bytes: int
     limit_bytes: int
     first_sequence: int
     last_sequence: int
+    max_age_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +222,11 @@ class Bus(Protocol):
     @property
     def snapshots(self) -> Log:
         """Where snapshots of the cell are kept (`bus.snapshots`)."""
+        ...
+
+    @property
+    def parts(self) -> Log:
+        """Where prompts that are too large for one message lie in parts (`bus.parts`); they expire."""
         ...
 
     @property

@@ -2,6 +2,7 @@
 
 LEDGER_<cell>   facts and what was said: never discarded, never overwritten; full means refused
 TOKENS_<cell>   pages of tokens: kept for the retention of results
+PARTS_<cell>    parts of prompts that are too large for a message: once each, for some hours
 SNAPSHOTS_<cell>   snapshots of the cell: their writers drop old ones
 INTAKE_<cell>   submitted requests: a work queue, a message leaves it when intake has acknowledged it
 """
@@ -19,6 +20,7 @@ from bus.credentials import ConnectionOptions
 from bus.delivery_queue import DeliveryQueue
 from bus.jetstream_api import STREAM_NOT_FOUND, ApiError, call, stream_info
 from bus.jetstream_log import JetStreamLog
+from bus.part_limits import PART_LIMIT_BYTES, PARTS_KEPT, PARTS_SECONDS
 from bus.subjects import Subjects
 from bus.wire import parse_headers
 
@@ -116,11 +118,13 @@ class JetStreamBus:
         ledger: JetStreamLog,
         tokens: JetStreamLog,
         snapshots: JetStreamLog,
+        parts: JetStreamLog,
     ) -> None:
         self._connection = connection
         self._ledger = ledger
         self._tokens = tokens
         self._snapshots = snapshots
+        self._parts = parts
         self.subjects = subjects
 
     @classmethod
@@ -135,6 +139,7 @@ class JetStreamBus:
         ledger_limit_bytes: int = GIB,
         tokens_limit_bytes: int = GIB,
         intake_limit_bytes: int = GIB // 4,
+        parts_limit_bytes: int = GIB // 2,
         result_retention_seconds: int = 3600,
         replicas: int = 1,
     ) -> JetStreamBus:
@@ -153,12 +158,14 @@ class JetStreamBus:
                 await JetStreamLog.open(connection, subjects.ledger_stream, ack_timeout),
                 await JetStreamLog.open(connection, subjects.tokens_stream, ack_timeout),
                 await JetStreamLog.open(connection, subjects.snapshots_stream, ack_timeout),
+                await JetStreamLog.open(connection, subjects.parts_stream, ack_timeout),
             )
             if create:
                 await bus.ensure_streams(
                     ledger_limit_bytes=ledger_limit_bytes,
                     tokens_limit_bytes=tokens_limit_bytes,
                     intake_limit_bytes=intake_limit_bytes,
+                    parts_limit_bytes=parts_limit_bytes,
                     result_retention_seconds=result_retention_seconds,
                     replicas=replicas,
                 )
@@ -173,6 +180,7 @@ class JetStreamBus:
         ledger_limit_bytes: int = GIB,
         tokens_limit_bytes: int = GIB,
         intake_limit_bytes: int = GIB // 4,
+        parts_limit_bytes: int = GIB // 2,
         result_retention_seconds: int = 3600,
         replicas: int = 1,
     ) -> None:
@@ -215,6 +223,20 @@ class JetStreamBus:
             "max_bytes": -1,
             "duplicate_window": DEDUPE_SECONDS * 1_000_000_000,
         }
+        parts = {
+            "name": names.parts_stream,
+            "subjects": [names.parts_filter],
+            "retention": "limits",
+            "max_bytes": parts_limit_bytes,
+            "max_msgs": PARTS_KEPT,
+            "max_msg_size": PART_LIMIT_BYTES + 4096,
+            "max_age": PARTS_SECONDS * 1_000_000_000,
+            "max_msgs_per_subject": 1,
+            "discard_new_per_subject": True,
+            "allow_direct": True,
+            "duplicate_window": DEDUPE_SECONDS * 1_000_000_000,
+        }
+        await self._ensure(common | parts, must_keep_all=False)
         await self._ensure(common | snapshots, must_keep_all=True)
         await self._ensure(common | ledger, must_keep_all=True)
         await self._ensure(common | tokens, must_keep_all=False)
@@ -257,6 +279,10 @@ class JetStreamBus:
     @property
     def snapshots(self) -> JetStreamLog:
         return self._snapshots
+
+    @property
+    def parts(self) -> JetStreamLog:
+        return self._parts
 
     @property
     def connected(self) -> bool:

@@ -269,4 +269,5 @@ class JetStreamLog:
             limit_bytes=max(0, info["config"].get("max_bytes", 0)),
             first_sequence=state["first_seq"],
             last_sequence=state["last_seq"],
+            max_age_ns=max(0, info["config"].get("max_age", 0)),
         )

@@ -22,6 +22,7 @@ from bus.delivery_queue import DeliveryQueue
 from bus.memory_faults import Faults, NoFaults
 from bus.memory_log import MemoryLog, check_size
 from bus.memory_stream import DEDUPE_SECONDS, MemoryStream, Pipe, subject_matches
+from bus.part_limits import PARTS_SECONDS
 from bus.subjects import Subjects
 from bus.wire import header_block, publish_frame
 
@@ -53,6 +54,7 @@ class MemoryServer:
         epoch_ns: int = EPOCH_NS,
         ledger_limit_bytes: int = 0,
         tokens_limit_bytes: int = 0,
+        parts_limit_bytes: int = 0,
         result_retention_seconds: float = 3600.0,
         dedupe_seconds: float = DEDUPE_SECONDS,
     ) -> None:
@@ -82,6 +84,16 @@ class MemoryServer:
             self.wall,
             dedupe_seconds=dedupe_seconds,
         )
+        self.parts = MemoryStream(
+            self.subjects.parts_stream,
+            "parts",
+            [self.subjects.parts_filter],
+            self.wall,
+            limit_bytes=parts_limit_bytes,
+            max_age_seconds=PARTS_SECONDS,
+            dedupe_seconds=dedupe_seconds,
+            once_per_subject=True,
+        )
         self._buses: dict[int, MemoryBus] = {}
         self._interests: dict[int, _Interest] = {}
         self._turns: dict[tuple[str, str], int] = {}
@@ -105,6 +117,7 @@ class MemoryServer:
         self.ledger.observers.append(observer)
         self.tokens.observers.append(observer)
         self.snapshots.observers.append(observer)
+        self.parts.observers.append(observer)
 
     # failures
     def outage(self, seconds: float, bus: MemoryBus | None = None) -> None:
@@ -135,7 +148,8 @@ class MemoryServer:
 
     def _route(self, delivery: Delivery, delay: float) -> int:
         """Hand a message to all who want it, and to one of each queue group in turn. Returns how many got it."""
-        stream = next((s for s in (self.ledger, self.tokens, self.snapshots) if s.takes(delivery.subject)), None)
+        streams = (self.ledger, self.tokens, self.snapshots, self.parts)
+        stream = next((stream for stream in streams if stream.takes(delivery.subject)), None)
         if stream is not None:
             self._capture(stream, delivery)
         groups: dict[tuple[str, str], list[_Interest]] = {}
@@ -238,6 +252,7 @@ class MemoryBus:
             MemoryLog(self, server.ledger, ack_timeout),
             MemoryLog(self, server.tokens, ack_timeout),
             MemoryLog(self, server.snapshots, ack_timeout),
+            MemoryLog(self, server.parts, ack_timeout),
         )
 
     @property
@@ -251,6 +266,10 @@ class MemoryBus:
     @property
     def snapshots(self) -> MemoryLog:
         return self._logs[2]
+
+    @property
+    def parts(self) -> MemoryLog:
+        return self._logs[3]
 
     @property
     def connections(self) -> int:

@@ -84,6 +84,7 @@ class MemoryStream:
         limit_bytes: int = 0,
         max_age_seconds: float = 0.0,
         dedupe_seconds: float = DEDUPE_SECONDS,
+        once_per_subject: bool = False,
     ) -> None:
         self.name = name
         self.log = log
@@ -91,6 +92,7 @@ class MemoryStream:
         self.limit_bytes = limit_bytes
         self.max_age_seconds = max_age_seconds
         self.dedupe_seconds = dedupe_seconds
+        self.once_per_subject = once_per_subject
         self.observers: list[Callable[[str, Record], None]] = []
         self._wall = wall
         self._watchers: dict[int, Watcher] = {}
@@ -131,6 +133,8 @@ class MemoryStream:
             if known is not None:
                 return Appended(known[0], True)
         size = stored_size(subject, header_bytes, payload)
+        if self.once_per_subject and subject in self._last_of:
+            raise LogFull(f"stream {self.name} is full (maximum messages per subject exceeded)")
         if self.limit_bytes and self._bytes + size > self.limit_bytes:
             raise LogFull(
                 f"stream {self.name} is full (maximum bytes exceeded): raise its limit or shorten its retention"
@@ -195,7 +199,8 @@ class MemoryStream:
 
     def usage(self) -> Usage:
         self._expire(self._wall())
-        return Usage(len(self._records), self._bytes, self.limit_bytes, self._first, self.last_sequence)
+        age = int(self.max_age_seconds * 1e9)
+        return Usage(len(self._records), self._bytes, self.limit_bytes, self._first, self.last_sequence, age)
 
     # readers
     def watch(self, watcher: Watcher) -> int:

@@ -22,6 +22,8 @@ class PageSequence(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `texts` holds the piece of text of each token (possibly empty), `logprobs` one entry for each where the request asks
     for them; `prompt_tokens` stands where `end` does.
+    Of an embedding, position i is input i: its token is the number of tokens of the input, its text is empty, and
+    `vectors` has its vector (float32, little endian).
     """
 
     request: Name
@@ -32,12 +34,15 @@ class PageSequence(msgspec.Struct, frozen=True, omit_defaults=True):
     end: PageEnd = ""
     prompt_tokens: Count = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
+    vectors: tuple[bytes, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.texts):
             raise ValueError(f"{len(self.tokens)} tokens, but {len(self.texts)} texts")
         if self.logprobs and len(self.logprobs) != len(self.tokens):
             raise ValueError(f"{len(self.tokens)} tokens, but {len(self.logprobs)} logprobs")
+        if self.vectors and len(self.vectors) != len(self.tokens):
+            raise ValueError(f"{len(self.tokens)} tokens, but {len(self.vectors)} vectors")
 
 
 class Page(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

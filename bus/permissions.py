@@ -1,6 +1,6 @@
 """Who may publish and listen where: the one table behind `longshore nats-config`.
 
-    client     asks, submits, cancels, reads answers in its own inbox
+    client     asks, embeds, submits (with parts), cancels, reads answers in its own inbox
     node       obeys effects of its drivers, states their facts, appends their pages, shows chunks
     control    takes what clients say, decides, says so
     operator   reads everything, changes what an operator may
@@ -43,7 +43,7 @@ FACT_KINDS: dict[Role, tuple[str, ...]] = {
 }
 """Which kinds of facts a role states. The first rules of a cell are stated by its first control, later ones by hand."""
 
-CLIENT_VERBS = ("infer", "submit", "cancel", "resume", "result")
+CLIENT_VERBS = ("infer", "embed", "submit", "cancel", "resume", "result")
 ADMIN_READS = ("models", "status")
 
 
@@ -87,6 +87,7 @@ def rights(role: Role, place: Place) -> Rights:
 def _client(place: Place) -> tuple[list[str], list[str]]:
     subjects = place.subjects
     publish = [f"{subjects.prefix}.{verb}.*" for verb in CLIENT_VERBS]
+    publish.append(subjects.parts_filter)
     return [*publish, *(subjects.admin(verb) for verb in ADMIN_READS)], []
 
 
@@ -101,7 +102,8 @@ def _node(place: Place) -> tuple[list[str], list[str]]:
             publish.append(f"{subjects.prefix}.tokens.{driver}.*")
         if not driver.startswith("gpu/"):
             subscribe.append(subjects.heartbeat(driver))
-    publish += _reads(subjects.ledger_stream) + _looks(subjects.tokens_stream) + _answers(place)
+    publish += _reads(subjects.ledger_stream) + _looks(subjects.tokens_stream) + _looks(subjects.parts_stream)
+    publish += _answers(place)
     return publish, subscribe
 
 
@@ -110,9 +112,10 @@ def _control(place: Place) -> tuple[list[str], list[str]]:
     publish = [subjects.fact("*", kind) for kind in CONTROL_KINDS]
     publish += [f"{subjects.said_prefix}>", f"{subjects.prefix}.tokens.*.*", subjects.refused("*")]
     publish.append(subjects.snapshots_filter)
-    for stream in (subjects.ledger_stream, subjects.tokens_stream, intake, subjects.snapshots_stream):
+    parts = subjects.parts_stream
+    for stream in (subjects.ledger_stream, subjects.tokens_stream, intake, subjects.snapshots_stream, parts):
         publish += [f"$JS.API.STREAM.{verb}.{stream}" for verb in ("CREATE", "UPDATE")]
-    publish += _reads(subjects.ledger_stream) + _reads(subjects.tokens_stream) + _looks(intake)
+    publish += _reads(subjects.ledger_stream) + _reads(subjects.tokens_stream) + _looks(intake) + _looks(parts)
     publish += [*_reads(subjects.snapshots_stream), f"$JS.API.STREAM.PURGE.{subjects.snapshots_stream}"]
     publish += [
         f"$JS.API.CONSUMER.CREATE.{intake}.>",

@@ -26,8 +26,8 @@ def cut(chunk: Chunk, start: int) -> Chunk | None:
     if skip <= 0:
         return chunk
     if skip >= len(chunk.tokens):
-        return msgspec.structs.replace(chunk, position=start, tokens=(), text="", texts=(), logprobs=())
-    if not chunk.texts:
+        return msgspec.structs.replace(chunk, position=start, tokens=(), text="", texts=(), logprobs=(), vectors=())
+    if not chunk.texts and not chunk.vectors:
         return None
     texts = chunk.texts[skip:]
     return msgspec.structs.replace(
@@ -37,6 +37,7 @@ def cut(chunk: Chunk, start: int) -> Chunk | None:
         text="".join(texts),
         texts=texts if len(texts) > 1 else (),
         logprobs=chunk.logprobs[skip:],
+        vectors=chunk.vectors[skip:],
     )
 
 

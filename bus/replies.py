@@ -28,6 +28,7 @@ CODES = {
     "bad_request": 400,
     "unknown_model": 404,
     "unknown_request": 404,
+    "unknown_parts": 404,
     "key_reused": 409,
     "too_large": 413,
     "queue_full": 429,
@@ -55,7 +56,8 @@ class Chunk(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `texts` has the piece of each token wherever there is more than one token, so that readers can cut a chunk; the
     pieces make up `text`. `logprobs` has one entry for each token where the request asks for them. `choice`: which
-    answer of a request that asks for several; where one of them ends, `n` says how many there are.
+    answer of a request that asks for several; where one of them ends, `n` says how many there are. Of an embedding,
+    `vectors` has one for each position, and a token is the number of tokens of that input.
     """
 
     request: str
@@ -69,8 +71,11 @@ class Chunk(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: tuple[TokenLogprobs, ...] = ()
     choice: Annotated[int, Meta(ge=0, lt=CHOICES_LIMIT)] = 0
     n: Annotated[int, Meta(ge=1, le=CHOICES_LIMIT)] = 1
+    vectors: tuple[bytes, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.vectors and len(self.vectors) != len(self.tokens):
+            raise ValueError("vectors are not one for each input")
         if self.logprobs and len(self.logprobs) != len(self.tokens):
             raise ValueError("logprobs are not one entry for each token")
         if self.position < 0:
@@ -109,6 +114,7 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
     error: ErrorBody | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     choices: tuple[Chunk, ...] = ()
+    vectors: tuple[bytes, ...] = ()
 
 
 class WholeAnswers(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -168,12 +174,12 @@ def chunk_of(
     logprobs: Sequence[TokenLogprobs] = (),
     choice: int = 0,
     n: int = 1,
+    vectors: Sequence[bytes] = (),
 ) -> Chunk:
-    """A chunk from the tokens and their pieces of text (equally many)."""
-    pieces = tuple(texts) if len(tokens) > 1 else ()
-    return Chunk(
-        request, position, tuple(tokens), "".join(texts), pieces, end, usage, error, tuple(logprobs), choice, n
-    )
+    """A chunk from the tokens and their pieces of text (equally many); an embedding's has vectors and no pieces."""
+    pieces = tuple(texts) if len(tokens) > 1 and not vectors else ()
+    whole, likely = "".join(texts), tuple(logprobs)
+    return Chunk(request, position, tuple(tokens), whole, pieces, end, usage, error, likely, choice, n, tuple(vectors))
 
 
 def merged(chunks: Sequence[Chunk]) -> Chunk:
@@ -186,6 +192,7 @@ def merged(chunks: Sequence[Chunk]) -> Chunk:
             [token for chunk in chunks for token in chunk.tokens],
             [text for chunk in chunks for text in (chunk.texts or (chunk.text,) * len(chunk.tokens))],
             logprobs=[one for chunk in chunks for one in chunk.logprobs],
+            vectors=[one for chunk in chunks for one in chunk.vectors],
         ),
         end=last.end,
         usage=last.usage,

@@ -7,6 +7,8 @@
     longshore.<cell>.snapshot.chunk.<id>               their pieces                                      (SNAPSHOTS)
     longshore.<cell>.submit.<model>                    requests whose acknowledgement is the acceptance  (INTAKE)
     longshore.<cell>.infer.<model>                     requests with a streamed reply                    (no stream)
+    longshore.<cell>.embed.<model>                     requests for vectors, with one reply              (no stream)
+    longshore.<cell>.part.<upload>.<index>             parts of a prompt that is too large for a message  (PARTS)
     longshore.<cell>.refused.<model>                   submissions that can never be requests            (no stream)
     longshore.<cell>.cancel.<request>                  cancel                                            (no stream)
     longshore.<cell>.resume.<request>                  show again from a position                        (no stream)
@@ -140,6 +142,14 @@ class Subjects:
     def submit_filter(self) -> str:
         return f"{self.prefix}.submit.>"
 
+    @property
+    def parts_stream(self) -> str:
+        return f"PARTS_{self.cell}"
+
+    @property
+    def parts_filter(self) -> str:
+        return f"{self.prefix}.part.*.*"
+
     # the ledger
     def fact(self, actor: str, kind: str) -> str:
         return f"{self._fact}{actor}.{kind}"
@@ -180,8 +190,14 @@ class Subjects:
     def infer(self, model: str) -> str:
         return f"{self.prefix}.infer.{escape_model(model)}"
 
+    def embed(self, model: str) -> str:
+        return f"{self.prefix}.embed.{escape_model(model)}"
+
     def submit(self, model: str) -> str:
         return f"{self.prefix}.submit.{escape_model(model)}"
+
+    def part(self, upload: str, index: int) -> str:
+        return f"{self.prefix}.part.{upload}.{index}"
 
     def cancel(self, request: str) -> str:
         return f"{self.prefix}.cancel.{request}"

@@ -74,6 +74,10 @@ def _input(generation: Generation) -> str:
         return plural(len(generation.prompt.split()), "word")
     if generation.messages is not None:
         return plural(len(generation.messages), "message")
+    if generation.inputs is not None:
+        return plural(len(generation.inputs), "input") + " to embed"
+    if generation.parts is not None:
+        return f"a prompt in {plural(generation.parts.count, 'part')}"
     return plural(len(generation.tokens or ()), "prompt token")
 
 

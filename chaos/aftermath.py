@@ -166,13 +166,19 @@ class Aftermath:
         if self._world.options.wobble or not tokens:
             return
         model, start = self._world.starts[request]
-        asked = {name: getattr(start.sampling, name) for name in ("logprobs", "presence_penalty", "min_tokens")}
-        wanted = {"logprobs": -1, "presence_penalty": 0.0, "min_tokens": 0} | plan.fields
-        same = all(wanted[name] == value for name, value in asked.items())
-        if bytes(start.prompt).decode() != plan.prompt or start.sampling.seed != plan.seed + index or not same:
+        if plan.inputs:
+            same = [bytes(one).decode() for one in start.inputs] == plan.texts
+        else:
+            asked = {name: getattr(start.sampling, name) for name in ("logprobs", "presence_penalty", "min_tokens")}
+            wanted = {"logprobs": -1, "presence_penalty": 0.0, "min_tokens": 0} | plan.fields
+            same = all(wanted[name] == value for name, value in asked.items())
+            same = same and bytes(start.prompt).decode() == plan.prompt and start.sampling.seed == plan.seed + index
+        if not same:
             self.violation(Promise.UNDISTURBED, f"{application.plan.key} was computed from another prompt or seed")
         context = next(card.context for card in self._world.options.models if card.model == model)
-        expected, how = run(undisturbed(start, context))
+        expected, vectors, how = run(undisturbed(start, context))
+        if answer is not None and answer.vectors != vectors[: len(answer.vectors)]:
+            self.violation(Promise.UNDISTURBED, f"{plan.key} has other vectors than an undisturbed cell gives")
         whole = end.outcome == "finished"
         if tokens != (expected if whole else expected[: len(tokens)]) or (whole and end.end != how):
             what = f"{application.plan.key} is {tokens} ({end.end}), undisturbed {expected} ({how})"

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from bus.answer import Answer, Patience, RequestFailed
-from bus.client import Client, RequestFields
+from bus.client import PARTS_FROM_BYTES, Client, RequestFields
 from bus.contract import Bus
 from bus.messages.requests import Encoding, choice_id, request_id
 from chaos.machines import REFUSED_PROMPT, seeded
@@ -24,7 +24,10 @@ FOR_EVER = Patience(silence=2.0, nobody=1e6, total=1e6)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one application does with one request. Positions of -1 mean never; `at` in virtual seconds."""
+    """What one application does with one request. Positions of -1 mean never; `at` in virtual seconds.
+
+    With `inputs` it wants so many vectors; with `parts` its prompt goes ahead of the request.
+    """
 
     number: int
     at: float
@@ -42,10 +45,17 @@ class Plan:
     twin: bool
     n: int
     fields: RequestFields
+    inputs: int = 0
+    parts: bool = False
 
     @property
     def request(self) -> str:
         return request_id(self.client, self.key)
+
+    @property
+    def texts(self) -> list[str]:
+        """What an application that wants `inputs` vectors wants them of: texts of differing lengths."""
+        return [self.prompt[: 9 + number % 20] + f" {number}" for number in range(self.inputs)]
 
     @property
     def members(self) -> list[str]:
@@ -103,7 +113,16 @@ def draw_plans(random: Random, options: Options) -> list[Plan]:
                 fields=draw_fields(more),
             )
         )
-    return plans
+    # Drawn last: what a seed's other applications do does not depend on it.
+    return [_other_kind(random, plan) for plan in plans]
+
+
+def _other_kind(random: Random, plan: Plan) -> Plan:
+    """Some want vectors instead of an answer, some send their prompt in parts."""
+    chance, inputs = random.random(), random.choice((1, 2, 12, 40))
+    if chance < 0.2:
+        return replace(plan, inputs=inputs, n=1)
+    return replace(plan, parts=chance < 0.35)
 
 
 class Application:
@@ -119,7 +138,10 @@ class Application:
         self.read = [0] * plan.n
         self.ends = [""] * plan.n
         self.done = False
-        self._client = Client(bus, cell, name=plan.client, encoding=plan.encoding, patience=FOR_EVER)
+        parts_from = 8 if plan.parts else PARTS_FROM_BYTES
+        self._client = Client(
+            bus, cell, name=plan.client, encoding=plan.encoding, patience=FOR_EVER, parts_from_bytes=parts_from
+        )
         self._observer = observer
         self._note = note
         self._left = False
@@ -167,6 +189,10 @@ class Application:
         self.read, self.ends = [start] * plan.n, [""] * plan.n
         if self._left:
             return self._client.resume(plan.request, start)
+        if plan.inputs:
+            return self._client.embedding(
+                plan.model, plan.texts, key=plan.key, start=start, deadline_ms=plan.deadline_ms or None
+            )
         fields: RequestFields = {
             **plan.fields,
             "max_tokens": plan.max_tokens,

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from actors.store_driver import StorageFailed
 from actors.stub_runtime import StubRuntime
@@ -101,7 +101,8 @@ class SimulatedRuntime(StubRuntime):
 
     async def encode(self, model: str, generation: Generation) -> EncodedPrompt:
         await asyncio.sleep(0.002 * self._random.random())
-        if (generation.prompt or "").startswith(REFUSED_PROMPT):
+        text = generation.prompt or (str(generation.inputs[0]) if generation.inputs else "")
+        if text.startswith(REFUSED_PROMPT):
             raise PromptRefused("the tokenizer knows no such text")
         if self._fails(self._options.troubles.sequence_refused):
             raise AttachRefused("the engine has just lost its slots", retry=True)
@@ -143,17 +144,31 @@ class SimulatedStorage(StubStorage):
         return loaded
 
 
-async def undisturbed(start: Any, context: int) -> tuple[list[int], str]:
-    """Tokens and end of a sequence on an engine of its own, from its beginning."""
+class Undisturbed(NamedTuple):
+    """What a sequence gives on an engine of its own, from its beginning."""
+
+    tokens: list[int]
+    vectors: list[bytes]
+    end: str
+
+
+async def undisturbed(start: Any, context: int) -> Undisturbed:
     engine = await StubRuntime(eos=EOS, prefill_chunk=4096).attach("m", "", slots=1, kv_bytes=1, context=context)
     engine.admit(dataclasses.replace(start, generated=()))
     tokens: list[int] = []
+    vectors: list[bytes] = []
     while True:
         events: Any = engine.step()
         for event in events:
+            if start.inputs:
+                tokens += event.counts
+                vectors += event.vectors
+                if event.done:
+                    return Undisturbed(tokens, vectors, "stop")
+                continue
             tokens.append(event.token)
             if event.end is not None:
-                return tokens, event.end
+                return Undisturbed(tokens, vectors, event.end)
 
 
 def seeded(*parts: object) -> Random:

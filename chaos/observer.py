@@ -22,6 +22,7 @@ class Answer:
         self.tokens: list[int] = []
         self.texts: list[str] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.vectors: list[bytes] = []
         self.attempt = 0
         self.ends: list[tuple[int, str]] = []
 
@@ -86,6 +87,7 @@ class Observer:
         answer.tokens += part.tokens
         answer.texts += part.texts
         answer.logprobs += part.logprobs
+        answer.vectors += part.vectors
         if part.end:
             answer.ends.append((part.attempt, part.end))
 
@@ -104,7 +106,7 @@ class Observer:
             if reply.end in ("stop", "length"):
                 self._ends(process, self._member(reply), reply.next, reply.end)
         elif isinstance(reply, Result) and reply.status == "ended" and reply.error is None:
-            whole = Chunk(reply.request, 0, reply.tokens, reply.text, logprobs=reply.logprobs)
+            whole = Chunk(reply.request, 0, reply.tokens, reply.text, logprobs=reply.logprobs, vectors=reply.vectors)
             for chunk in reply.choices or (whole,):
                 self._durable(process, chunk)
 
@@ -126,6 +128,9 @@ class Observer:
             self.violation(Promise.NEVER_CHANGES, what)
         elif list(chunk.logprobs) != answer.logprobs[position:end]:
             what = f"{process} shows other logprobs at {position} of {request} than are durable"
+            self.violation(Promise.NEVER_CHANGES, what)
+        elif list(chunk.vectors) != answer.vectors[position:end]:
+            what = f"{process} shows {len(chunk.vectors)} vectors at {position} of {request}, durable are others"
             self.violation(Promise.NEVER_CHANGES, what)
 
     def _ends(self, process: str, request: str, positions: int, end: str) -> None:

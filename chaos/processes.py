@@ -39,6 +39,10 @@ class WatchedBus:
         return self.memory.snapshots
 
     @property
+    def parts(self) -> Log:
+        return self.memory.parts
+
+    @property
     def connected(self) -> bool:
         return self.memory.connected
 

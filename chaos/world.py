@@ -251,6 +251,8 @@ class World:
         if log == "snapshots":
             self._snapshot_stored(record)
             return
+        if log == "parts":
+            return  # their publishers are applications, which do not die
         self.observer.stored(log, record)
         if self._say is not None:
             text = record.payload.decode("utf-8", "replace")

@@ -55,6 +55,9 @@ class Examiner(Protocol):
     def module(self, model: Any) -> None:
         """Asked with the weights in place."""
 
+    def encoder(self, model: Any) -> None:
+        """Asked instead of both for a model that makes embeddings only."""
+
 
 def load_module_state(source: SourceCheckpoint, examiner: Examiner | None = None) -> ModuleState:
     """Loads the whole model into memory, in the dtype it is stored in. CheckpointError if anything is missing or left
@@ -74,7 +77,9 @@ def load_module_state(source: SourceCheckpoint, examiner: Examiner | None = None
         if examiner and not encoder:
             examiner.configuration(config)
         model = _load(source, dtype, encoder=encoder)
-        if examiner and not encoder:
+        if examiner and encoder:
+            examiner.encoder(model)
+        elif examiner:
             examiner.module(model)
         state = _state_of(model, source.directory)
         probe = probe_forward(model.config, dtype, builder=_builder(encoder))

@@ -17,12 +17,17 @@ from typing import Any
 
 import torch
 
+from models.architecture import describe_encoder
 from models.contract import AdmissionRefused, Engine, Event, SequenceStart, VectorEvent, check_inputs
 from models.engine import DEFAULT_PREFILL_CHUNK
+from models.errors import ModelError
 from models.pooling import Pooling
 
 STEP_TOKENS = 2048
 """Tokens of a step in which nobody decodes. An input that is longer has a step of its own."""
+_TRIAL_TOKENS = (9, 3)
+_APART_AT_MOST = 0.1
+"""As a share of the vector's length. Rounding in 16 bits stays below a few hundredths."""
 EVENT_BYTES = 256 * 1024
 """Vectors of one sequence in one step: a page has to hold them, as base64."""
 
@@ -61,6 +66,31 @@ class Embedder:
     @property
     def _arguments(self) -> dict[str, Any]:
         return {"use_cache": False} if hasattr(self._model.config, "use_cache") else {}
+
+
+def pad_of(model: Any) -> int:
+    """Some encoders count positions by which tokens are no padding: theirs has to be used."""
+    pad = model.config.get_text_config().pad_token_id
+    return int(pad) if pad is not None else 0
+
+
+def try_encoder(model: Any, pooling: Pooling) -> None:
+    """Raise ModelError, in one sentence, when the vector of a text depends on what is computed beside it."""
+    name = type(model).__name__
+    embedder = Embedder(model, pooling, pad=pad_of(model), context=describe_encoder(model))
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randint(embedder.vocabulary, (size,), generator=generator).tolist() for size in _TRIAL_TOKENS]
+    try:
+        together = embedder.compute(inputs)
+        alone = torch.cat([embedder.compute([tokens]) for tokens in inputs])
+    # The model's own code runs here, and it raises what it likes.
+    except Exception as error:
+        raise ModelError(f"{name} cannot make vectors of a padded batch: {error}") from error
+    apart = (together - alone).norm(dim=1) / alone.norm(dim=1).clamp(min=1e-9)
+    if not bool(torch.isfinite(apart).all()):
+        raise ModelError(f"{name} computes numbers that are not finite: take the checkpoint in another dtype.")
+    if float(apart.max()) > _APART_AT_MOST:
+        raise ModelError(f"{name} makes another vector of a text beside longer ones than of it alone: it is not run.")
 
 
 def _runs(inputs: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -22,7 +22,7 @@ from transformers import (
 from models.architecture import DEFAULT_CONTEXT_AT_MOST, choose_experts, describe, describe_encoder
 from models.contract import Engine, Sampling
 from models.detokenizer import Decode
-from models.embedding import Embedder, EmbeddingEngine
+from models.embedding import Embedder, EmbeddingEngine, pad_of
 from models.engine import DEFAULT_PREFILL_CHUNK, SlotEngine
 from models.errors import ModelError
 from models.pooling import read_pooling
@@ -67,7 +67,7 @@ class Instance:
 
     def encode_inputs(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of texts to embed, each with the special tokens that the tokenizer puts around it."""
-        tokens: list[list[int]] = self.tokenizer(list(texts))["input_ids"]
+        tokens: list[list[int]] = self.tokenizer(list(texts))["input_ids"] if texts else []
         return tokens
 
     def close(self) -> None:
@@ -118,7 +118,7 @@ def load_instance(
         prefill_chunk=prefill_chunk,
     )
     pooling = read_pooling(directory, model.config, encoder=False)
-    embedder = Embedder(_without_head(model), pooling, pad=_pad(model), context=longest)
+    embedder = Embedder(_without_head(model), pooling, pad=pad_of(model), context=longest)
     return Instance(EmbeddingEngine(embedder, engine), tokenizer, defaults, directory.name)
 
 
@@ -128,7 +128,7 @@ def _load_encoder(directory: Path, model: Any, slots: int, context: int | None) 
     pooling = read_pooling(directory, model.config, encoder=True)
     # Tokenizers without a bound of their own state an enormous one. Whoever gives a context may not know of these two.
     longest = min(longest, int(tokenizer.model_max_length), context or DEFAULT_CONTEXT_AT_MOST)
-    embedder = Embedder(model, pooling, pad=_pad(model), context=longest)
+    embedder = Embedder(model, pooling, pad=pad_of(model), context=longest)
     defaults = Defaults(Sampling(max_tokens=DEFAULT_MAX_TOKENS), ())
     return Instance(EmbeddingEngine(embedder, name=directory.name, slots=slots), tokenizer, defaults, directory.name)
 
@@ -137,12 +137,6 @@ def _without_head(model: Any) -> Any:
     """The part of a causal language model that gives the hidden states behind its last norm."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     return decoder if decoder is not None and decoder is not model else model.base_model
-
-
-def _pad(model: Any) -> int:
-    """Some encoders count positions by which tokens are no padding: theirs has to be used."""
-    pad = model.config.get_text_config().pad_token_id
-    return int(pad) if pad is not None else 0
 
 
 def load_model(

@@ -9,9 +9,11 @@ import msgspec
 from msgspec import Meta
 
 from bus.messages.envelope import Count, Digest, Message, Name, Positive, Subject, Text
+from bus.part_limits import PARTS_LIMIT
 
 PROMPT_LIMIT_BYTES = 400_000
 TOKENS_LIMIT = 1_000_000
+INPUTS_LIMIT = 256
 SMALL_CHARACTERS = 1024
 
 PRIORITY_LIMIT = 100
@@ -19,6 +21,10 @@ CHOICES_LIMIT = 16
 
 Encoding = Literal["json", "msgpack"]
 Priority = Annotated[int, Meta(ge=-PRIORITY_LIMIT, le=PRIORITY_LIMIT)]
+Input = str | tuple[int, ...]
+"""What one vector is made of: a text, or token ids."""
+VectorForm = Literal["", "float", "base64"]
+"""How the one answer of an embedding shows vectors; empty for chunks."""
 Outcome = Literal["finished", "failed", "cancelled", "deadline", "quarantined"]
 
 
@@ -27,8 +33,21 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     content: Annotated[str, Meta(max_length=PROMPT_LIMIT_BYTES)]
 
 
+class PromptParts(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """A prompt that lies in parts beside the ledger (`bus.parts`).
+
+    `digest` is the SHA-256 of all parts together: the prompt's text in UTF-8, or the JSON of its messages or tokens.
+    """
+
+    upload: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    count: Annotated[int, Meta(ge=1, le=PARTS_LIMIT)]
+    digest: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    form: Literal["prompt", "messages", "tokens"] = "prompt"
+
+
 class Generation(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What to compute: exactly one of prompt, messages and tokens, and how to sample.
+    """What to compute: exactly one of prompt, messages, tokens and parts, and how to sample; or the vectors of
+    `inputs`, of which `max_tokens` is the number then.
 
     `temperature` -1 and `top_p` -1 and `top_k` -1 mean: as the model's generation_config says. `stop_tokens` end the
     answer beside the model's own; neither they nor `stop` do before `min_tokens`. `logit_bias`: (token id, what is
@@ -53,6 +72,8 @@ class Generation(msgspec.Struct, frozen=True, omit_defaults=True):
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int = -1
     n: int = 1
+    inputs: tuple[Input, ...] | None = None
+    parts: PromptParts | None = None
 
 
 def is_small(generation: Generation) -> bool:
@@ -61,6 +82,8 @@ def is_small(generation: Generation) -> bool:
     size += 4 * len(generation.stop_tokens) + 16 * len(generation.logit_bias)
     for message in generation.messages or ():
         size += len(message.content) + 32
+    for item in generation.inputs or ():
+        size += (len(item) if isinstance(item, str) else 4 * len(item)) + 8
     return size <= SMALL_CHARACTERS
 
 
@@ -76,12 +99,16 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 class ReplyTo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Where chunks are shown: a subject, the first position wanted, the encoding, one reply or a stream."""
+    """Where chunks are shown: a subject, the first position wanted, the encoding, one reply or a stream.
+
+    `form`: the one reply is the answer of an embedding.
+    """
 
     subject: Subject
     start: Count = 0
     encoding: Encoding = "json"
     single: bool = False
+    form: VectorForm = ""
 
 
 def request_id(client: str, key: str) -> str:
@@ -313,6 +340,9 @@ class ReaderRefused(Message, frozen=True, tag="reader.refused"):
 
 
 def body_digest(generation: Generation, model: str) -> Digest:
-    """Tells a repeated request from another one under the same key."""
+    """Tells a repeated request from another one under the same key; what lies in parts is the same wherever it lies."""
+    if generation.parts is not None:
+        anywhere = msgspec.structs.replace(generation.parts, upload="", count=0)
+        generation = msgspec.structs.replace(generation, parts=anywhere)
     data = msgspec.json.encode((model, generation))
     return hashlib.blake2b(data, digest_size=16).hexdigest()

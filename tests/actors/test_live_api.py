@@ -97,7 +97,7 @@ async def refusals(cell: LiveCell) -> None:
     table: list[tuple[str, Any, str, str]] = [
         (SUBJECTS.infer("nobody"), {"prompt": "x"}, "404", "nobody"),
         (infer, {"prompt": ""}, "400", "prompt must not be empty"),
-        (infer, {}, "400", "exactly one of prompt, messages and tokens"),
+        (infer, {}, "400", "exactly one of prompt, messages, tokens and prompt_parts"),
         (infer, {"prompt": "x", "max_tokens": 0}, "400", "max_tokens"),
         (infer, {"prompt": "x", "max_tokens": "many"}, "400", "max_tokens"),
         (infer, {"prompt": "x", "max_tokens": 9000}, "400", "at most 8192"),

@@ -104,8 +104,11 @@ BIAS_KEYS = "logit_bias must have token ids from 0 to 2147483647 as keys, got "
 REFUSED: list[tuple[Any, str]] = [
     ({"prompt": ""}, "prompt must not be empty"),
     ({"prompt": 3}, "prompt must be a text, got 3"),
-    ({}, "give exactly one of prompt, messages and tokens, got none of them"),
-    ({"prompt": "a", "tokens": [1]}, "give exactly one of prompt, messages and tokens, got prompt and tokens"),
+    ({}, "give exactly one of prompt, messages, tokens and prompt_parts, got none of them"),
+    (
+        {"prompt": "a", "tokens": [1]},
+        "give exactly one of prompt, messages, tokens and prompt_parts, got prompt and tokens",
+    ),
     ({"prompt": "a", "max_tokens": "many"}, 'max_tokens must be a whole number from 1 to 1000000, got "many"'),
     ({"prompt": "a", "max_tokens": 0}, "max_tokens must be a whole number from 1 to 1000000, got 0"),
     ({"prompt": "a", "max_tokens": True}, "max_tokens must be a whole number from 1 to 1000000, got true"),

@@ -156,7 +156,7 @@ class JetStreamTestWorld:
     @contextlib.asynccontextmanager
     async def running(self, *, ledger_limit_bytes: int = 64 * MIB) -> AsyncIterator[None]:
         self._limits = {"ledger_limit_bytes": ledger_limit_bytes}
-        small = {"tokens_limit_bytes": 16 * MIB, "intake_limit_bytes": 16 * MIB}
+        small = {"tokens_limit_bytes": 16 * MIB, "intake_limit_bytes": 16 * MIB, "parts_limit_bytes": 16 * MIB}
         self._admin = await JetStreamBus.connect(self._server.url, self._cell, create=True, **self._limits, **small)
         try:
             yield
@@ -202,6 +202,7 @@ class JetStreamTestWorld:
                 self.subjects.tokens_stream,
                 self.subjects.intake_stream,
                 self.subjects.snapshots_stream,
+                self.subjects.parts_stream,
             ):
                 await call(self._admin.raw, f"STREAM.DELETE.{stream}")
             await self._admin.close()
