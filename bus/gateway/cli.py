@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from pathlib import Path
 from typing import Annotated
@@ -47,6 +48,7 @@ def gateway(
     from bus.gateway.keys import ApiKeys, read_keys
     from bus.gateway.process import run_gateway
     from bus.gateway.settings import GatewaySettings
+    from bus.health import Health
     from bus.logs import configure_logs
 
     check_cell_name(cell)
@@ -61,7 +63,15 @@ def gateway(
         requests=requests,
         grace_seconds=grace,
     )
+    health = Health("gateway")
+    health.reasons = list  # what it lacks it says at /health; to listen is all that starting it takes
+    looking = []
+
+    def listening(address: str) -> None:
+        print(f"listening on {address}", flush=True)
+        looking.append(asyncio.ensure_future(health.keep_looking()))
+
     try:
-        uvloop.run(run_gateway(settings, listening=lambda address: print(f"listening on {address}", flush=True)))
+        uvloop.run(run_gateway(settings, listening=listening))
     except BusError as error:
         raise Failure(str(error)) from None
