@@ -85,7 +85,7 @@ class Control:
         self.replica: Replica | None = None
         self.started = asyncio.Event()
         self.watch = Watch(bus, self.subjects, me, silence=silence)
-        self.intake = Intake(bus, self.subjects, me, self._cell, self._has_read_the_past)
+        self.intake = Intake(bus, self.subjects, me, self._cell, self._has_read_the_past, self._position)
         self._known_rules = known_rules
         self._empty = Cell(cell, known_rules)
         self._serving: list[asyncio.Task[None]] = []
@@ -117,6 +117,9 @@ class Control:
 
     def _cell(self) -> Cell:
         return self.replica.cell if self.replica is not None else self._empty
+
+    def _position(self) -> int:
+        return self.replica.position if self.replica is not None else 0
 
     async def run(self) -> None:
         """Raises Difference, LogChanged, UnknownRules, NoBeginning or BusError; cancellation ends it cleanly."""

@@ -75,16 +75,26 @@ Answer = Status | Result | dict[str, Any] | list[Any] | None
 
 
 class Intake:
-    """Answers clients and operators of one cell; one queue group over all controls."""
+    """Answers clients and operators of one cell; one queue group over all controls.
+
+    `position` is how far the replica beside it has read the ledger, facts and what was said.
+    """
 
     def __init__(
-        self, bus: Bus, subjects: Subjects, me: str, cell: Callable[[], Cell], live: Callable[[], bool]
+        self,
+        bus: Bus,
+        subjects: Subjects,
+        me: str,
+        cell: Callable[[], Cell],
+        live: Callable[[], bool],
+        position: Callable[[], int],
     ) -> None:
         self._bus = bus
         self._subjects = subjects
         self._me = me
         self._cell = cell
         self._live = live
+        self._position = position
         self._results = ResultsReader(bus, subjects)
         self._percent = 0
         self._tokens_percent = 0
@@ -122,8 +132,10 @@ class Intake:
                     self.counts["errors"] += 1
                     log.warning("reply subject refused", subject=delivery.subject[:200], reply=delivery.reply[:200])
                     continue
-                if tasks.brief >= UNDERWAY_LIMIT:
-                    busy = Refusal("not_ready", f"{UNDERWAY_LIMIT} messages are being handled already", retry_ms=1000)
+                # What ends work, or only looks, has room when new work has none any more.
+                limit = UNDERWAY_LIMIT if verb in ("infer", "resume") else 2 * UNDERWAY_LIMIT
+                if tasks.brief >= limit:
+                    busy = Refusal("queue_full", f"{limit} messages are being handled already", retry_ms=1000)
                     await self._reply(delivery, busy.status(), busy.headers())
                     continue
                 tasks.spawn(self._handle(self._verbs[verb], delivery), f"intake {verb}")
@@ -393,7 +405,7 @@ class Intake:
         """Until this replica has read what stands in the ledger now, at most a second."""
         end = (await self._bus.ledger.usage()).last_sequence
         for _ in range(200):
-            if self._cell().position >= end:
+            if self._position() >= end:
                 return
             await asyncio.sleep(0.005)
 

@@ -83,7 +83,8 @@ async def _submit(message: Any, bus: JetStreamBus, intake: Intake, subjects: Sub
         log.warning("submission refused", subject=message.subject, key=key, reason=refusal.message)
         token = subjects.last_token(message.subject)
         body = encode_reply({"key": key, "stream_sequence": message.metadata.sequence.stream, **_error(refusal)})
-        await bus.publish(subjects.refused(token), body, headers=refusal.headers())
+        with contextlib.suppress(BusError):  # a subject that a server took need not be one that we may write to
+            await bus.publish(subjects.refused(token), body, headers=refusal.headers())
         await message.term()
     except BusError:
         await message.nak(delay=RETRY_SECONDS)

@@ -255,9 +255,31 @@ class Connection(Client):
             return
         try:
             hook(subject, reply, data, headers)
+        except UnicodeDecodeError:
+            _log.warning("a message on %r with reply %r was dropped: not UTF-8", subject[:200], reply[:200])
         except Exception:
             # One message that nobody understands must not end the reading of all others.
             _log.exception("a message on %s was not understood", subject.decode("utf-8", "replace"))
+
+    def _build_message(
+        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None
+    ) -> Any:
+        # As in nats-py, but what is not UTF-8 does not end the read loop: a stream would deliver it again and again.
+        return self.msg_class(
+            subject=subject.decode("utf-8", "replace"),
+            reply=reply.decode("utf-8", "replace"),
+            data=data,
+            headers=headers,
+            _client=self,
+            _sid=sid,
+        )
+
+    async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
+        try:
+            found: dict[str, str] | None = await super()._process_headers(headers)
+        except ValueError:
+            found = parse_headers(headers)
+        return found
 
     # writing
     def write(self, command: bytes) -> None:

@@ -31,10 +31,13 @@ def gateway(
         typer.Option("--api-keys", envvar="LONGSHORE_API_KEYS", metavar="FILE", help="Lines of the form NAME KEY."),
     ] = None,
     requests: Annotated[int, typer.Option(min=1, help="Requests handled at once; more are refused.")] = 4096,
-    log_json: LogJsonOption = False,
+    stall: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="A reader that takes nothing for so long is hung up.")
+    ] = 30.0,
     grace: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="What open answers get when the gateway is told to end.")
     ] = 30.0,
+    log_json: LogJsonOption = False,
 ) -> None:
     """Serve OpenAI's API over HTTP: chat completions, completions, models, health.
 
@@ -61,6 +64,7 @@ def gateway(
         port=port,
         keys=read_keys(api_keys) if api_keys is not None else ApiKeys(),
         requests=requests,
+        stall_seconds=stall,
         grace_seconds=grace,
     )
     health = Health("gateway")

@@ -24,6 +24,7 @@ from bus.jetstream import JetStreamBus
 from bus.tasks import Tasks
 
 BACKLOG = 4096
+SEND_BUFFER_BYTES = 128 * 1024
 LAST_WORDS_SECONDS = 5.0
 """What is left for the last events after the grace is over, and for cancels."""
 _FILES_BESIDE = 64
@@ -48,20 +49,17 @@ async def run_gateway(settings: GatewaySettings, *, listening: Callable[[str], N
     _allow_files(settings.connections + _FILES_BESIDE)
     bus = await JetStreamBus.connect(settings.nats, settings.cell, name="longshore-gateway")
     try:
-        with _listen(settings.host, settings.port) as listener:
-            await _serve(bus, settings, listener, ending, listening)
+        with bound_socket(settings.host, settings.port) as listener:
+            await serve(Gateway(bus, settings), listener, ending, listening)
     finally:
         await bus.close()
 
 
-async def _serve(
-    bus: JetStreamBus,
-    settings: GatewaySettings,
-    listener: socket.socket,
-    ending: asyncio.Event,
-    listening: Callable[[str], None],
+async def serve(
+    gateway: Gateway, listener: socket.socket, ending: asyncio.Event, listening: Callable[[str], None] = lambda _: None
 ) -> None:
-    gateway = Gateway(bus, settings)
+    """Serve on a bound socket until `ending` is set; then end in order."""
+    settings = gateway.settings
     server = _Server(
         uvicorn.Config(
             gateway.app,
@@ -117,13 +115,16 @@ async def _end(gateway: Gateway, server: _Server, settings: GatewaySettings) -> 
             await gateway.canceller.idle()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket to listen on. Raises `UserError`."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # Accepted connections inherit it. The system's own would grow to megabytes for each reader that stalls.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
             listener.bind(address)
         except OSError:
             listener.close()
