@@ -175,6 +175,12 @@ def options_of(function: Callable[..., Any]) -> dict[str, tuple[Any, OptionInfo,
     return found
 
 
+def flags_of(name: str, info: OptionInfo) -> list[str]:
+    """The flags of an option, whose parameter has this name."""
+    said = [one for one in (info.default, *(info.param_decls or ())) if isinstance(one, str) and one.startswith("-")]
+    return [flag for one in said for flag in one.split("/")] or [f"--{name.replace('_', '-')}"]
+
+
 def fields_of(command: str, function: Callable[..., Any]) -> list[Field]:
     """The fields that a command takes: of its own section, and shared ones."""
     options = options_of(function)
@@ -197,7 +203,7 @@ def _field(command: str, name: str, kind: Any, info: OptionInfo, default: Any) -
     arms = [arm for arm in typing.get_args(kind) if arm is not types.NoneType] if typing.get_args(kind) else [kind]
     if len(arms) == 1 and typing.get_origin(arms[0]) is list:
         many, arms = True, list(typing.get_args(arms[0]))
-    path = SHARED.get(name, f"{command}.{name}")
+    path = SHARED.get(name, f"{command}.{flags_of(name, info)[0].lstrip('-').replace('-', '_')}")
     given = info.envvar if isinstance(info.envvar, str) else (info.envvar or [""])[0]
     return Field(
         path,

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from bus.config_options import Configuration, configured, file_argument, takes_configuration
 from bus.errors import UserError
+from bus.help import EPILOG, GROUPS, panel_of, place_of
 from bus.options import with_login
 
 GROUP = "longshore.commands"
@@ -48,6 +49,7 @@ def run(arguments: list[str], points: list[EntryPoint]) -> int:
     app = typer.Typer(
         name="longshore",
         help="Serve many large language models from few GPUs; every decision is a message.",
+        epilog=EPILOG,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -69,9 +71,10 @@ def run(arguments: list[str], points: list[EntryPoint]) -> int:
         if group:
             if group not in groups:
                 groups[group] = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-                app.add_typer(groups[group], name=group, help=f"Commands: {_members(points, group)}.")
+                about = f"{GROUPS.get(group, '')} Commands: {_members(points, group)}.".strip()
+                app.add_typer(groups[group], name=group, help=about, rich_help_panel=panel_of(group))
             target = groups[group]
-        target.command(name)(function)
+        target.command(name, rich_help_panel=None if group else panel_of(name))(function)
     command = typer.main.get_command(app)
     # Exit codes come back as SystemExit; usage errors print their own sentence.
     command.main(args=arguments, prog_name="longshore")
@@ -92,7 +95,7 @@ def _configuration(arguments: list[str], points: list[EntryPoint]) -> Configurat
 
 def _needed(arguments: list[str], points: list[EntryPoint]) -> list[EntryPoint]:
     """The entry points to import: those under the first words, or all where these name none."""
-    ordered = sorted(points, key=lambda point: point.name)
+    ordered = sorted(points, key=lambda point: (place_of(point.name.partition(".")[0]), point.name))
     words = [argument for argument in arguments[:2] if not argument.startswith("-")]
     for candidate in (".".join(words), words[0] if words else ""):
         exact = [point for point in ordered if candidate and point.name == candidate]

@@ -85,7 +85,7 @@ def test_flag_over_variable_over_file_over_default(
     assert values() == ["nats://127.0.0.1:4222", "main", 1.0, "1GiB", "data", [], False, "", "None"]
     file.write_text(
         "cell: harbour\nnats: {url: 'nats://a:1'}\nlog: {json: true}\n"
-        "control:\n  silence: 3\n  limit: 500\n  data: /srv\n  hosts: [a, b]\n  password: hush\n"
+        "control:\n  silence: 3\n  limit: 500\n  data: /srv\n  host: [a, b]\n  password: hush\n"
     )
     from_file = ["nats://a:1", "harbour", 3.0, "500", "/srv", ["a", "b"], True, "hush", str(file)]
     assert values("--config", str(file)) == values(f"--config={file}") == from_file
