@@ -1,9 +1,10 @@
-"""`longshore bench bus | replay | restart`: figures of this room, each as a table and as JSON."""
+"""`longshore bench bus | replay | restart | start`: figures of this room, each as a table and as JSON."""
 
 from __future__ import annotations
 
 import json as json_module
 import platform
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -132,3 +133,54 @@ def bench_restart(
     Console().print(table)
     size = f"{found['captured_bytes'] / 1e6:.1f} MB"
     print(f"to take a snapshot of {size}, a control stops for {found['capture_pause_ms']} ms")
+
+
+def bench_start(
+    sizes: Annotated[str, typer.Option(metavar="SIZE[,SIZE]", help="Bytes of weights, in bfloat16.")] = "1GB,6GB",
+    rounds: Annotated[int, typer.Option(min=1, max=50, help="Starts per size; the median counts.")] = 5,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", metavar="DIR", help="Where the models are made; needs twice their size.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """How long a start from DRAM takes on an idle worker: a request's first chunk, beside that of the same request on
+    the running instance, and beside `from_pretrained`.
+
+    Example: longshore bench start --sizes 1GB
+    """
+    import tempfile
+
+    import uvloop
+    from rich.console import Console
+
+    from actors.bench_start import bench_start as measure
+    from bus.contract import BusError
+    from bus.sizes import parse_size
+
+    console = Console(stderr=True, highlight=False)
+    found = []
+    for size in sizes.split(","):
+        parameters = parse_size(size, "--sizes") // 2
+        with tempfile.TemporaryDirectory(prefix="longshore-bench-", dir=folder) as name:
+            try:
+                found.append(uvloop.run(measure(parameters, rounds, Path(name), console.print)))
+            except BusError as error:
+                raise Failure(str(error)) from None
+    if json:
+        print(json_module.dumps({"sizes": found, "python": platform.python_version(), "reach": {"start_ms": 60}}))
+        return
+    from rich.table import Table
+
+    table = Table(
+        "weights", "first chunk", "on the running instance", "start costs", "reach", "usable after",
+        "from_pretrained, first call", "second", "pages mapped", title="bench start (milliseconds, medians)",
+    )  # fmt: skip
+    for one in found:
+        start = one["start"]
+        pages = f"{start['mapped_share']:.0%}, {start['huge_share']:.0%} of them huge"
+        shown = [start["first_chunk_ms"], start["attached_first_chunk_ms"], start["start_ms"]]
+        others = [start["usable_at_ms"], one["pretrained_first_ms"], one["pretrained_second_ms"]]
+        table.add_row(
+            f"{one['bytes'] / 1e9:.2f} GB", *(f"{ms:.1f}" for ms in shown), "60", *(f"{ms:.1f}" for ms in others), pages
+        )
+    Console().print(table)
