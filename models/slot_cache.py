@@ -9,6 +9,8 @@ What stands in a slot behind a sequence's length is left over from others; the m
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +56,19 @@ class Span:
         )
 
 
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on the CPU each page of them comes into being when it is touched.
+
+    `torch.zeros` writes every byte: for a whole cache that is most of the time that a start from DRAM takes. Pages stay
+    small on purpose: a sequence touches a few of them in each head, and huge ones would be cleared for that as a whole.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not size:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer: writes what a span says and returns a view of what its rows may see, [rows, heads, length, dim]."""
 
@@ -63,8 +78,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __init__(self, slots: int, context: int, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         # Zeros, not empty: a stale NaN would pass through the mask (0 * NaN). Untouched pages cost no memory.
-        self.keys = torch.zeros(slots, shape.heads, context, shape.key_dim, dtype=dtype, device=device)
-        self.values = torch.zeros(slots, shape.heads, context, shape.value_dim, dtype=dtype, device=device)
+        self.keys = zeros((slots, shape.heads, context, shape.key_dim), dtype, device)
+        self.values = zeros((slots, shape.heads, context, shape.value_dim), dtype, device)
         self.is_initialized = True
         self.span: Span | None = None
 
