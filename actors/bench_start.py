@@ -38,8 +38,8 @@ from bus.subjects import Subjects, escape_model
 CELL = "bench"
 MODEL = "large"
 WORKER = "gpu/s1/0"
-PROMPT = "The harbour was quiet until the tide came in"
-AGAIN = 3
+PROMPT = "The"
+AGAIN = 5
 """How often the request is repeated on the running instance; the median counts."""
 SETTLE_SECONDS = 1.5
 WORDS_SECONDS = 300.0

@@ -7,6 +7,8 @@ detokenizing, so that neither the event loop nor a step waits for them.
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,20 +16,31 @@ from typing import TypeVar
 
 from actors.worker_runtime import AttachRefused, EncodedPrompt, PromptRefused, StepResult, sampling_of
 from bus.messages import Generation, Input
-from bus.subjects import escape_model
-from loaders import CheckpointError, open_checkpoint
+from bus.subjects import escape_model, unescape_model
+from loaders import CheckpointError, Manifest, open_checkpoint, read_manifest
+from loaders.manifest import MANIFEST_NAME
 from models.contract import Engine, Sampling, SequenceStart
 from models.errors import ModelError
-from models.instance import Instance, load_instance, text_decoder
+from models.instance import Instance, Prepared, load_instance, prepare, text_decoder
 from models.sequence import answer_texts
+from models.warming import warm_up
 
 RESET_SECONDS = 30.0
+IDLE_SECONDS = 0.5
+"""A device counts as idle when it has computed nothing for so long."""
+PREPARED_LIMIT = 8
+"""Models that are prepared at most; most of one is its tokenizer, up to some tens of megabytes."""
 
 Got = TypeVar("Got")
+
+logger = logging.getLogger("longshore.worker")
 
 
 class LocalRuntime:
     """Obeys `actors.worker_runtime.WorkerRuntime`. `models` is the directory of packed models.
+
+    What can be done before a model is wanted is done while the device is idle (`keep_prepared`): an attach then only
+    maps the weights and puts them in their places.
 
     A thread that does not come back cannot be ended: after `RESET_SECONDS` of waiting for it `give_up` is called,
     which is to end the process.
@@ -38,9 +51,13 @@ class LocalRuntime:
         self._models = models
         self._give_up = give_up
         self._instances: dict[str, Instance] = {}
+        self._prepared: dict[str, tuple[Manifest, Prepared]] = {}
+        self._hopeless: dict[str, Manifest] = {}
+        self._stepped_at = 0.0
         self._computing = ThreadPoolExecutor(1, thread_name_prefix="steps")
         self._attaching = ThreadPoolExecutor(1, thread_name_prefix="attaches")
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encodes")
+        self._mapping = ThreadPoolExecutor(1, thread_name_prefix="maps")
 
     async def reset(self) -> None:
         # Whatever a cancelled call left in the threads is over once these return.
@@ -70,12 +87,22 @@ class LocalRuntime:
     async def cancel(self, sequences: Sequence[tuple[Engine, str]]) -> None:
         await self._in(self._computing, lambda: [engine.cancel(key) for engine, key in sequences])
 
+    async def keep_prepared(self) -> None:
+        """For ever: whenever nothing has been computed for a moment, prepare one more of the models that lie here."""
+        await self._in(self._computing, warm_up)
+        while True:
+            await asyncio.sleep(IDLE_SECONDS)
+            while time.monotonic() - self._stepped_at > IDLE_SECONDS:
+                if not await self._in(self._attaching, self._prepare_one):
+                    break
+
     async def step(self, engines: Sequence[tuple[str, Engine]]) -> list[StepResult]:
+        self._stepped_at = time.monotonic()
         return await self._in(self._computing, lambda: [_step(model, engine) for model, engine in engines])
 
     def close(self) -> None:
         """Let the threads end; whatever they are at is waited for by nobody."""
-        for threads in (self._attaching, self._encoding, self._computing):
+        for threads in (self._attaching, self._encoding, self._computing, self._mapping):
             threads.shutdown(wait=False, cancel_futures=True)
 
     async def _in(self, threads: ThreadPoolExecutor, work: Callable[[], Got]) -> Got:
@@ -89,6 +116,8 @@ class LocalRuntime:
             checkpoint = open_checkpoint(directory, verify=False, populate=False)
             if checkpoint.manifest.digest != digest:
                 raise AttachRefused(f"the weights of {model} here are not the ones that were placed", retry=True)
+            manifest, prepared = self._prepared.pop(model, (None, None))
+            mapping = self._mapping.submit(checkpoint.map_pages) if self.device == "cpu" else None
             instance = load_instance(
                 directory,
                 checkpoint.tensors,
@@ -97,7 +126,10 @@ class LocalRuntime:
                 max_slots=slots,
                 context=context,
                 encoder=checkpoint.manifest.kind == "encoder",
+                prepared=prepared if manifest == checkpoint.manifest else None,
             )
+            if mapping is not None:
+                mapping.result()
         except (CheckpointError, ModelError) as error:
             raise AttachRefused(str(error)) from error
         except AttachRefused:
@@ -108,6 +140,34 @@ class LocalRuntime:
             raise AttachRefused(f"{model} cannot be attached: {_line(error)}") from error
         self._instances[model] = instance
         return instance
+
+    def _prepare_one(self) -> bool:
+        """Prepare a model that lies here and is not attached, the ones packed last first; False where none is left."""
+        for directory in packed_directories(self._models)[:PREPARED_LIMIT]:
+            try:
+                model = unescape_model(directory.name)
+                manifest = read_manifest(directory)
+            except (CheckpointError, ValueError):
+                continue
+            known = self._prepared.get(model, (None, None))[0]
+            if model in self._instances or manifest in (known, self._hopeless.get(model)):
+                continue
+            self._prepared.pop(model, None)
+            try:
+                checkpoint = open_checkpoint(directory, verify=False, populate=False)
+                encoder = checkpoint.manifest.kind == "encoder"
+                prepared = prepare(directory, checkpoint.tensors, encoder=encoder)
+            except Exception as error:  # whoever attaches it is told
+                logger.info("%s cannot be prepared: %s", model, _line(error))
+                self._hopeless[model] = manifest
+                return True
+            assert prepared.skeleton is not None
+            prepared.skeleton.empty()
+            self._prepared[model] = (checkpoint.manifest, prepared)
+            while len(self._prepared) > PREPARED_LIMIT:
+                del self._prepared[next(iter(self._prepared))]
+            return True
+        return False
 
     def _close(self, model: str) -> None:
         instance = self._instances.pop(model, None)
@@ -149,6 +209,19 @@ class LocalRuntime:
 def _encode_inputs(instance: Instance, inputs: tuple[Input, ...]) -> tuple[tuple[int, ...], ...]:
     texts = iter(instance.encode_inputs([item for item in inputs if isinstance(item, str)]))
     return tuple(tuple(next(texts)) if isinstance(item, str) else item for item in inputs)
+
+
+def packed_directories(models: Path) -> list[Path]:
+    """Directories of packed models, the ones packed last first."""
+    found = []
+    try:
+        for path in models.iterdir():
+            manifest = path / MANIFEST_NAME
+            if not path.name.startswith(".") and manifest.is_file():
+                found.append((-manifest.stat().st_mtime_ns, path))
+    except OSError:  # one is deleted at this very moment: the next look finds the others
+        pass
+    return [path for _, path in sorted(found)]
 
 
 def _step(model: str, engine: Engine) -> StepResult:

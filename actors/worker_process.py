@@ -68,6 +68,7 @@ async def serve_worker(settings: WorkerSettings, beat: Beat) -> None:
     shell = DriverShell(bus, bus.subjects, driver, boot=lambda: secrets.token_hex(8))
     running = loop.create_task(shell.run())
     saying = loop.create_task(_say(beat, bus, shell))
+    preparing = loop.create_task(runtime.keep_prepared())
     loop.add_signal_handler(signal.SIGTERM, running.cancel)
     loop.add_signal_handler(signal.SIGINT, lambda: None)  # of the terminal: the node ends its workers itself
     try:
@@ -75,6 +76,7 @@ async def serve_worker(settings: WorkerSettings, beat: Beat) -> None:
             await running
     finally:
         saying.cancel()
+        preparing.cancel()
         runtime.close()
         await bus.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -16,6 +17,9 @@ from loaders.manifest import Manifest
 from loaders.mapping import FileMapping, PageKind
 from loaders.packed import PackedHeader
 from loaders.verification import Progress, Report, attach, bring_in
+
+_PART_BYTES = 2 << 20
+"""Threads that map one file begin at multiples of a huge page."""
 
 
 class MappedCheckpoint:
@@ -40,6 +44,19 @@ class MappedCheckpoint:
         """[begin, end) of the mapping in this process's memory."""
         mapping = self._open_mapping()
         return mapping.address, mapping.address + mapping.bytes
+
+    def map_pages(self, threads: int = 2) -> None:
+        """Every byte is in this process's page tables when this returns, so that no use of a tensor faults.
+
+        Pages that lie in memory are only mapped by this. CheckpointError where one cannot be read.
+        """
+        mapping = self._open_mapping()
+        part = -(-mapping.bytes // threads)
+        part += -part % _PART_BYTES
+        begins = range(0, mapping.bytes, part)
+        with ThreadPoolExecutor(threads, thread_name_prefix="maps") as pool:
+            for _ in pool.map(lambda begin: mapping.populate(begin, min(begin + part, mapping.bytes)), begins):
+                pass
 
     def page_kind(self) -> PageKind | None:
         """What backs the pages that this process has touched so far; None where the kernel does not tell."""

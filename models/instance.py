@@ -19,14 +19,20 @@ from transformers import (
     PretrainedConfig,
 )
 
-from models.architecture import DEFAULT_CONTEXT_AT_MOST, choose_experts, describe, describe_encoder
+from models.architecture import (
+    DEFAULT_CONTEXT_AT_MOST,
+    Architecture,
+    choose_experts,
+    describe,
+    describe_encoder,
+)
 from models.contract import Engine, Sampling
 from models.detokenizer import Decode
 from models.embedding import Embedder, EmbeddingEngine, pad_of
 from models.engine import DEFAULT_PREFILL_CHUNK, SlotEngine
 from models.errors import ModelError
-from models.pooling import read_pooling
-from models.skeleton import assemble
+from models.pooling import Pooling, read_pooling
+from models.skeleton import Skeleton, assemble
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -87,50 +93,88 @@ def load_instance(
     context: int | None = None,
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
     encoder: bool = False,
+    prepared: Prepared | None = None,
 ) -> Instance:
     """The model of a directory in Hugging Face layout, its weights being `tensors`.
 
     `tensors` are parameters and persistent buffers by the module's own names; they are not copied unless `dtype` or
     `device` asks for others. None reads the weights from the directory. `context` (tokens) is the model's own, and at
     most 4,096, where it is None. With `encoder` it is a model without a language-model head, which makes embeddings
-    only. Raises ModelError for everything that is wrong with directory, weights or sizes.
+    only. `prepared` was made of the same checkpoint, device and kind. Raises ModelError for everything that is wrong
+    with directory, weights or sizes.
     """
-    model = load_model(directory, tensors, device=device, dtype=dtype, encoder=encoder)
+    if prepared is None:
+        prepared = prepare(directory, tensors, device=device, dtype=dtype, encoder=encoder)
+    elif prepared.skeleton is not None and tensors is not None:
+        prepared.skeleton.fill(tensors, torch.device(device))
+    return _instance(prepared, kv_bytes, max_slots, context, prefill_chunk)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything of a model but room for its sequences: read, built and checked. One instance can be made of it.
+
+    `skeleton` None: its weights were read by transformers, and stay. `architecture` None: it is an encoder.
+    """
+
+    directory: Path
+    model: Any
+    skeleton: Skeleton | None
+    architecture: Architecture | None
+    tokenizer: Any
+    defaults: Defaults
+    pooling: Pooling
+
+
+def prepare(
+    directory: Path,
+    tensors: Mapping[str, torch.Tensor] | None,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    encoder: bool = False,
+) -> Prepared:
+    """All that can be done before a model is wanted; arguments and errors as of `load_instance`.
+
+    With `skeleton.empty()` afterwards it refers to no weights; `load_instance` fills it.
+    """
+    model, skeleton = _model(directory, tensors, device=device, dtype=dtype, encoder=encoder)
+    architecture = None if encoder else describe(model)
+    tokenizer = _tokenizer(directory)
     if encoder:
-        return _load_encoder(directory, model, max_slots, context)
-    architecture = describe(model)
+        describe_encoder(model)
+        defaults = Defaults(Sampling(max_tokens=DEFAULT_MAX_TOKENS), ())
+    else:
+        defaults = _defaults(directory, model.config, tokenizer)
+    pooling = read_pooling(directory, model.config, encoder=encoder)
+    return Prepared(directory, model, skeleton, architecture, tokenizer, defaults, pooling)
+
+
+def _instance(prepared: Prepared, kv_bytes: int, max_slots: int, context: int | None, prefill_chunk: int) -> Instance:
+    model, tokenizer, name = prepared.model, prepared.tokenizer, prepared.directory.name
+    if prepared.architecture is None:
+        # Tokenizers without a bound of their own state an enormous one. Whoever gives a context may not know of these.
+        longest = min(describe_encoder(model), int(tokenizer.model_max_length), context or DEFAULT_CONTEXT_AT_MOST)
+        embedder = Embedder(model, prepared.pooling, pad=pad_of(model), context=longest)
+        return Instance(EmbeddingEngine(embedder, name=name, slots=max_slots), tokenizer, prepared.defaults, name)
+    architecture = prepared.architecture
     longest = min(architecture.context, DEFAULT_CONTEXT_AT_MOST) if context is None else context
     if not 2 <= longest <= architecture.context:
         raise ModelError(
-            f"The context asked for is {longest} tokens and {directory.name} can be run at 2 to {architecture.context}."
+            f"The context asked for is {longest} tokens and {name} can be run at 2 to {architecture.context}."
         )
-    tokenizer = _tokenizer(directory)
-    defaults = _defaults(directory, model.config, tokenizer)
-
     engine = SlotEngine(
         model,
         architecture,
         text_decoder(tokenizer),
-        eos=defaults.eos,
+        eos=prepared.defaults.eos,
         kv_bytes=kv_bytes,
         context=longest,
         max_slots=max_slots,
         prefill_chunk=prefill_chunk,
     )
-    pooling = read_pooling(directory, model.config, encoder=False)
-    embedder = Embedder(_without_head(model), pooling, pad=pad_of(model), context=longest)
-    return Instance(EmbeddingEngine(embedder, engine), tokenizer, defaults, directory.name)
-
-
-def _load_encoder(directory: Path, model: Any, slots: int, context: int | None) -> Instance:
-    longest = describe_encoder(model)
-    tokenizer = _tokenizer(directory)
-    pooling = read_pooling(directory, model.config, encoder=True)
-    # Tokenizers without a bound of their own state an enormous one. Whoever gives a context may not know of these two.
-    longest = min(longest, int(tokenizer.model_max_length), context or DEFAULT_CONTEXT_AT_MOST)
-    embedder = Embedder(model, pooling, pad=pad_of(model), context=longest)
-    defaults = Defaults(Sampling(max_tokens=DEFAULT_MAX_TOKENS), ())
-    return Instance(EmbeddingEngine(embedder, name=directory.name, slots=slots), tokenizer, defaults, directory.name)
+    embedder = Embedder(_without_head(model), prepared.pooling, pad=pad_of(model), context=longest)
+    return Instance(EmbeddingEngine(embedder, engine), tokenizer, prepared.defaults, name)
 
 
 def _without_head(model: Any) -> Any:
@@ -148,16 +192,29 @@ def load_model(
     encoder: bool = False,
 ) -> Any:
     """The model alone; arguments and errors as of `load_instance`."""
+    return _model(directory, tensors, device=device, dtype=dtype, encoder=encoder)[0]
+
+
+def _model(
+    directory: Path,
+    tensors: Mapping[str, torch.Tensor] | None,
+    *,
+    device: str,
+    dtype: str | None,
+    encoder: bool,
+) -> tuple[Any, Skeleton | None]:
     config = _config(directory)
     wanted = _dtype(dtype)
+    skeleton = None
     if tensors is None:
         model = _read(directory, config, wanted, torch.device(device), encoder=encoder)
     else:
         if wanted is not None:
             tensors = {name: t.to(wanted) if t.is_floating_point() else t for name, t in tensors.items()}
-        model = assemble(config, tensors, torch.device(device), encoder=encoder)
+        skeleton = assemble(config, tensors, torch.device(device), encoder=encoder)
+        model = skeleton.model
     choose_experts(model)
-    return model
+    return model, skeleton
 
 
 def load_decode(directory: Path) -> Decode:

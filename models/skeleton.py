@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -37,9 +37,53 @@ class _OpenNumbersOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _Place(NamedTuple):
+    """Where the tensor `name` goes."""
+
+    module: torch.nn.Module
+    leaf: str
+    name: str
+    parameter: bool
+
+
+class Skeleton:
+    """A model, and every place in it where a tensor of its checkpoint goes.
+
+    What is checked and built once holds for every further mapping of the same checkpoint: `empty` lets go of the
+    tensors, `fill` puts others of the same names, shapes and numbers in their places.
+    """
+
+    def __init__(self, model: Any, places: list[_Place]) -> None:
+        self.model = model
+        self._places = places
+
+    def empty(self) -> None:
+        """Nothing of a checkpoint is referred to any more; the model cannot compute until it is filled."""
+        hollow = {}
+        for place in self._places:
+            hollow[place.name] = torch.empty_like(getattr(place.module, place.leaf).detach(), device="meta")
+        self._put(hollow)
+
+    def fill(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        """Put the tensors of the checkpoint that this was made of; those elsewhere are copied to `device`."""
+        self._put({place.name: tensors[place.name].to(device) for place in self._places})
+
+    def _put(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Tied places share one parameter."""
+        parameters: dict[str, torch.nn.Parameter] = {}
+        for place in self._places:
+            tensor = tensors[place.name]
+            if not place.parameter:
+                place.module._buffers[place.leaf] = tensor
+                continue
+            if place.name not in parameters:
+                parameters[place.name] = torch.nn.Parameter(tensor, requires_grad=False)
+            place.module._parameters[place.leaf] = parameters[place.name]
+
+
 def assemble(
     config: PretrainedConfig, tensors: Mapping[str, torch.Tensor], device: torch.device, *, encoder: bool = False
-) -> Any:
+) -> Skeleton:
     """The causal language model of `config` (with `encoder` the model without a head) whose parameters are `tensors`,
     by the module's own names.
 
@@ -56,15 +100,18 @@ def assemble(
         raise ModelError(_sentence(model, unexpected, "has no place for", "pack the checkpoint again"))
     if wrong := [name for name, tensor in tensors.items() if tensor.shape != own[name].shape]:
         raise ModelError(_sentence(model, wrong, "expects other shapes of", "config.json and weights do not belong"))
-    for name, tensor in tensors.items():
-        _put(model, name, tensor.to(device), isinstance(own[name], torch.nn.Parameter))
-    _tie(model, tensors)
+    places = [_place(model, name, name, isinstance(own[name], torch.nn.Parameter)) for name in tensors]
+    places += [_place(model, target, source, True) for target, source in _ties(model, tensors)]
+    skeleton = Skeleton(model, places)
+    skeleton.fill(tensors, device)
     if missing := _missing(model, tensors):
         raise ModelError(_sentence(model, missing, "lacks", "the checkpoint is incomplete, pack it again"))
     for name, buffer in list(model.named_buffers()):
         if buffer.device != device:
-            _put(model, name, buffer.to(device), False)
-    return model.eval()
+            own_place = _place(model, name, name, False)
+            own_place.module._buffers[own_place.leaf] = buffer.to(device)
+    model.eval()
+    return skeleton
 
 
 def _common_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
@@ -74,22 +121,19 @@ def _common_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
     return counted.most_common(1)[0][0]
 
 
-def _put(model: torch.nn.Module, name: str, tensor: torch.Tensor, parameter: bool) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if parameter:
-        module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
-    else:
-        module._buffers[leaf] = tensor
+def _place(model: torch.nn.Module, where: str, name: str, parameter: bool) -> _Place:
+    path, _, leaf = where.rpartition(".")
+    return _Place(model.get_submodule(path), leaf, name, parameter)
 
 
-def _tie(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Let tied names share the tensor that was given for either of them; names given both keep their own."""
-    for one, other in dict(model.all_tied_weights_keys).items():
-        for target, source in ((one, other), (other, one)):
-            if target not in tensors and source in tensors:
-                path, _, leaf = target.rpartition(".")
-                model.get_submodule(path)._parameters[leaf] = model.get_parameter(source)
+def _ties(model: Any, tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, str]]:
+    """(target, source): tied names share the tensor that was given for either of them; names given both keep theirs."""
+    return [
+        (target, source)
+        for one, other in dict(model.all_tied_weights_keys).items()
+        for target, source in ((one, other), (other, one))
+        if target not in tensors and source in tensors
+    ]
 
 
 def _missing(model: Any, tensors: Mapping[str, torch.Tensor]) -> list[str]:

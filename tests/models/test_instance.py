@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from models.contract import Sampling, SequenceStart
 from models.errors import ModelError
-from models.instance import load_instance, load_model
+from models.instance import load_instance, load_model, prepare
 from models.sample import ARCHITECTURES
 
 BUDGET = {"kv_bytes": 2**28}
@@ -83,6 +83,29 @@ def test_an_instance_of_views_answers_as_one_read_from_the_directory(sample_dire
         engine.admit(greedy("a", tuple(range(20, 40))))
         answers.append(tokens(run(engine)["a"]))
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "mixtral", "gpt2"])
+def test_what_was_prepared_is_filled_with_another_mapping(sample_directory, arch):
+    """The same answer as from the first tensors, to which nothing refers any more."""
+    directory = sample_directory(arch)
+    _, state = state_of(directory)
+    prepared = prepare(directory, state)
+    prepared.skeleton.empty()
+    assert all(parameter.is_meta for parameter in prepared.model.parameters())
+    again = {name: tensor.clone() for name, tensor in state.items()}
+    answers = []
+    for instance in (
+        load_instance(directory, state, **BUDGET),
+        load_instance(directory, again, prepared=prepared, **BUDGET),
+    ):
+        instance.engine.admit(greedy("a", tuple(range(20, 40))))
+        answers.append(tokens(run(instance.engine)["a"]))
+    assert answers[0] == answers[1]
+    addresses = {tensor.data_ptr() for tensor in again.values()}
+    assert {parameter.data_ptr() for parameter in prepared.model.parameters()} <= addresses
+    model = load_model(directory, state)
+    assert len(list(model.parameters())) == len(list(prepared.model.parameters())), "tied ones are one parameter"
 
 
 def test_tied_embeddings_share_memory(sample_directory):
