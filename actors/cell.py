@@ -247,7 +247,7 @@ class Cell:
         elif isinstance(message, _OWN):
             return self._own(message, actor)
         elif isinstance(message, RequestAccepted) and message.request in self._skipped_requests:
-            return self._ended_by_skip(message) if message.reply else []
+            return self._ended_by_skip(message, again=True) if message.reply else []
         said: list[tuple[str, To, int]] = []
         waiting = deque([(actor, message, -1)])
         while waiting:
@@ -326,7 +326,8 @@ class Cell:
         actor = self.actors.get("requests")
         return isinstance(actor, Requests) and request in actor.state.requests
 
-    def _ended_by_skip(self, message: RequestAccepted) -> list[tuple[str, To, int]]:
+    def _ended_by_skip(self, message: RequestAccepted, *, again: bool = False) -> list[tuple[str, To, int]]:
+        """Its end, or of all its answers; `again` for a reader that comes later."""
         of = message.generation.n
         choices = [Choice(message.request, index, of) for index in range(of)] if of > 1 else [None]
         replies = (message.reply,) if message.reply else ()
@@ -343,7 +344,7 @@ class Cell:
             )
             for choice in choices
         ]
-        said = [("cell", To("reader", end), -1) for end in ends]
+        said = [("cell", To("reader", end), -1) for end in ends if end.replies or not again]
         if of == 1 or not replies:
             return said
         cited = tuple(msgspec.structs.replace(end, replies=()) for end in ends) if replies[0].single else ()

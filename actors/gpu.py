@@ -38,6 +38,7 @@ from bus.messages import (
     ModelDetached,
     ProgressReported,
     ReaderAdded,
+    ReplyTo,
     RunSequence,
     SealedSequence,
     SealTokens,
@@ -79,13 +80,17 @@ class Instance(msgspec.Struct):
 
 
 class HeldSequence(msgspec.Struct):
-    """A sequence that the driver was told to run; `next` as last reported. Its pages stand behind page `after`."""
+    """A sequence that the driver was told to run; `next` as last reported. Its pages stand behind page `after`.
+
+    `several`: it is one of several answers, whose readers' streams end only behind all of them.
+    """
 
     request: str
     attempt: int
     model: str
     next: int
     after: int = 0
+    several: bool = False
 
 
 class Sealing(msgspec.Struct):
@@ -265,7 +270,14 @@ class Gpu(Actor):
         if instance is None or instance.status != "running":
             reason = f"{message.model} does not run on {self.name}"
             return [To("requests", SequenceRejected(message.request, message.attempt, reason, retry=True))]
-        held = HeldSequence(message.request, message.attempt, message.model, message.position, self.state.last_page)
+        held = HeldSequence(
+            message.request,
+            message.attempt,
+            message.model,
+            message.position,
+            self.state.last_page,
+            several=message.choice is not None,
+        )
         self.state.sequences[_key(message.request, message.attempt)] = held
         start = StartSequence(
             request=message.request,
@@ -293,13 +305,25 @@ class Gpu(Actor):
         return [To(self._driver, reader)]
 
     def on_SequenceFinished(self, message: SequenceFinished, now: int) -> list[To]:
-        self._drop(message.request, message.attempt)
+        held = self._drop(message.request, message.attempt)
         self.state.last_page = max(self.state.last_page, message.last_page)
         span = self._span(message.attempt, message.first, message.next, message.first_page, message.last_page)
         ended = SequenceEnded(
-            message.request, message.attempt, cast(Reason, message.reason), span, message.prompt_tokens
+            message.request,
+            message.attempt,
+            cast(Reason, message.reason),
+            span,
+            message.prompt_tokens,
+            self._missed(message.request, message.attempt) if held.several else (),
         )
         return [To("requests", ended)]
+
+    def _missed(self, request: str, attempt: int) -> tuple[ReplyTo, ...]:
+        """Readers of this sequence whom the driver has not answered for: it ended before it got to them."""
+        missed = [one for one in self.state.readers if (one.request, one.attempt) == (request, attempt)]
+        for one in missed:
+            self.state.readers.remove(one)
+        return tuple(one.reply for one in missed)
 
     def on_SequenceRefused(self, message: SequenceRefused, now: int) -> list[To]:
         self._drop(message.request, message.attempt)
@@ -318,8 +342,9 @@ class Gpu(Actor):
 
     def on_ReaderAdded(self, message: ReaderAdded, now: int) -> list[To]:
         reader = AddReader(message.request, message.attempt, message.reply)
-        if reader in self.state.readers:
-            self.state.readers.remove(reader)
+        if reader not in self.state.readers:
+            return []  # told with the end already
+        self.state.readers.remove(reader)
         return [] if message.found else [To("requests", message)]
 
     def on_ProgressReported(self, message: ProgressReported, now: int) -> list[To]:
@@ -339,9 +364,11 @@ class Gpu(Actor):
     def _driver(self) -> str:
         return f"driver/{self.name}"
 
-    def _drop(self, request: str, attempt: int) -> None:
-        if self.state.sequences.pop(_key(request, attempt), None) is None:
+    def _drop(self, request: str, attempt: int) -> HeldSequence:
+        held = self.state.sequences.pop(_key(request, attempt), None)
+        if held is None:
             raise Unexpected(f"{self.name} holds no attempt {attempt} of request {request}")
+        return held
 
     def _span(self, attempt: int, first: int, following: int, first_page: int, last_page: int) -> Span | None:
         if following <= first:

@@ -186,15 +186,9 @@ class Requests(Actor):
             return []
         request.prompt_tokens = message.prompt_tokens or request.prompt_tokens
         said = self._advance(message.request, request, message.span)
-        sealed = message.span is not None and message.span.sealed > 0
-        if message.reason in ("stop", "length"):
+        if message.reason:
             released = To("placement", SlotReleased(message.request, message.attempt, request.model))
-            end: Literal["stop", "length"] = "stop" if message.reason == "stop" else "length"
-            return [*self._end(message.request, request, now, "finished", end=end, shown=not sealed), released]
-        if message.reason in ("cancelled", "deadline"):
-            released = To("placement", SlotReleased(message.request, message.attempt, request.model))
-            stopped: Literal["cancelled", "deadline"] = "cancelled" if message.reason == "cancelled" else "deadline"
-            return [*self._end(message.request, request, now, stopped, shown=not sealed), released]
+            return [*self._end_as(message, request, now), released]
         request.deaths += 1
         if request.stopping:
             return self._end(message.request, request, now, self._stopped(request))
@@ -202,6 +196,17 @@ class Requests(Actor):
             reason = f"{request.deaths} workers died while they held this request"
             return self._end(message.request, request, now, "quarantined", code="quarantined", reason=reason)
         return [*said, *self._again(message.request, request)]
+
+    def _end_as(self, message: SequenceEnded, request: Request, now: int) -> list[To]:
+        """A page ended it; its readers saw that, unless a seal found the page."""
+        shown = message.span is None or not message.span.sealed
+        name, missed = message.request, message.missed
+        match message.reason:
+            case "stop" | "length":
+                return self._end(name, request, now, "finished", end=message.reason, shown=shown, missed=missed)
+            case "cancelled" | "deadline":
+                return self._end(name, request, now, message.reason, shown=shown, missed=missed)
+        return []
 
     def on_SequenceRejected(self, message: SequenceRejected, now: int) -> list[To]:
         request = self._running(message.request, message.attempt)
@@ -321,6 +326,7 @@ class Requests(Actor):
         reason: str = "",
         retry_ms: int = 0,
         shown: bool = False,
+        missed: tuple[ReplyTo, ...] = (),
     ) -> list[To]:
         request.status, request.worker, request.ended_at = "ended", "", now
         request.outcome, request.end, request.code, request.reason = outcome, end, code, reason
@@ -328,6 +334,8 @@ class Requests(Actor):
         replies = tuple(request.replies)
         request.replies = []
         said = [To("reader", self._ended(name, request, replies=replies, shown=shown))]
+        if shown and missed:
+            said.append(To("reader", self._ended(name, request, replies=missed, shown=False)))
         if request.choice is None:
             self.state.ended[name] = now
         else:

@@ -60,6 +60,7 @@ class Aftermath:
         self._read()
         self._requests()
         self._answers()
+        self._last_words()
         self._replay()
         self._facts_and_states()
 
@@ -118,6 +119,13 @@ class Aftermath:
         for request in self._ends:
             if request not in self._accepted:
                 self.violation(Promise.ENDED_ONCE, f"request {request} ended and was never accepted")
+
+    def _last_words(self) -> None:
+        """Core messages get lost and shells die; where nothing of that happens, the last word comes last."""
+        options = self._world.options
+        if not (options.odds.on() or options.disturbances or options.crash_at_record or options.crash_at):
+            for text in self._world.observer.early:
+                self.violation(Promise.IN_ORDER, text)
 
     # ---- answers ----------------------------------------------------------------------------------------------
 

@@ -109,7 +109,7 @@ def draw_plans(random: Random, options: Options) -> list[Plan]:
                 leave_at=random.randint(0, 10) if random.random() < 0.15 else -1,
                 away=3.0 * random.random(),
                 twin=random.random() < 0.1,
-                n=more.randint(2, 5) if more.random() < 0.15 else 1,
+                n=more.randint(2, 5) if more.random() < options.several else 1,
                 fields=draw_fields(more),
             )
         )

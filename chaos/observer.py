@@ -37,6 +37,9 @@ class Observer:
         self.records: list[Record] = []
         self.pages: list[Record] = []
         self.shown = 0
+        self.early: list[str] = []
+        """Streams of several answers that were ended before each of these was: only faults excuse that."""
+        self._streams: dict[str, dict[str, bool]] = {}
         self._violations = violations
         self._clock = clock
         self._sealed: dict[str, int] = {}
@@ -94,7 +97,12 @@ class Observer:
     # ---- what is shown ----------------------------------------------------------------------------------------
 
     def published(self, process: str, subject: str, payload: bytes) -> None:
-        if not subject.startswith("_INBOX.") or not payload:
+        if not subject.startswith("_INBOX."):
+            return
+        if not payload:
+            open_ones = [member for member, ended in self._streams.get(subject, {}).items() if not ended]
+            if open_ones:
+                self.early.append(f"{process} says the last word on {subject} before the ends of {open_ones}")
             return
         try:
             reply = decode_reply(payload, "json" if payload[:1] == b"{" else "msgpack")
@@ -103,12 +111,19 @@ class Observer:
         if isinstance(reply, Chunk):
             self.shown += 1
             self._durable(process, reply)
+            self._note_end(subject, reply)
             if reply.end in ("stop", "length"):
                 self._ends(process, self._member(reply), reply.next, reply.end)
         elif isinstance(reply, Result) and reply.status == "ended" and reply.error is None:
             whole = Chunk(reply.request, 0, reply.tokens, reply.text, logprobs=reply.logprobs, vectors=reply.vectors)
             for chunk in reply.choices or (whole,):
                 self._durable(process, chunk)
+
+    def _note_end(self, subject: str, chunk: Chunk) -> None:
+        of = [member for (request, _), member in self.choices.items() if request == chunk.request]
+        if len(of) > 1:
+            stream = self._streams.setdefault(subject, dict.fromkeys(of, False))
+            stream[self._member(chunk)] |= bool(chunk.end)
 
     def _member(self, chunk: Chunk) -> str:
         return self.choices.get((chunk.request, chunk.choice), chunk.request)

@@ -32,9 +32,10 @@ class Options:
     """`disturb_every`: virtual seconds between disturbances, on average. `crash_at_record`: the chance that somebody
     dies as a record is stored; `crash_at` is the number of the one record (counted over both logs, 0 for none) whose
     publisher dies then, before or after it learns of it. `wobble`: engines whose tokens depend on the engine, as in
-    bf16. `removals`: how often the operator takes a model out. `upgrade`: all controls begin as old programs and are
-    replaced, the rules switched (chaos.upgrades). `snapshot_facts`: facts between two snapshots;
-    `snapshot_trouble`: the chance that the writer of a piece dies, and that the disk loses a part of it.
+    bf16. `removals`: how often the operator takes a model out. `several`: the share of requests that ask for several
+    answers. `upgrade`: all controls begin as old programs and are replaced, the rules switched (chaos.upgrades).
+    `snapshot_facts`: facts between two snapshots; `snapshot_trouble`: the chance that the writer of a piece dies, and
+    that the disk loses a part of it.
     """
 
     seed: int
@@ -57,6 +58,7 @@ class Options:
     disturb_every: float = 1.0
     crash_at_record: float = 0.0
     removals: int = 0
+    several: float = 0.15
     upgrade: bool = False
     crash_at: int = 0
     crash_before_answer: bool = True

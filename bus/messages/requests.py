@@ -259,7 +259,8 @@ class ShowFrom(Message, frozen=True, tag="sequence.show"):
 class SequenceEnded(Message, frozen=True, tag="sequence.ended"):
     """gpu > requests: the worker ended it (reason), or its epoch was sealed (reason empty unless a page said one).
 
-    `span` is absent where no position of this attempt became durable.
+    `span` is absent where no position of this attempt became durable. `missed`: readers whom the worker did not get to
+    before it ended one of several answers; of other requests the worker says so itself (reader.added).
     """
 
     request: Name
@@ -267,6 +268,7 @@ class SequenceEnded(Message, frozen=True, tag="sequence.ended"):
     reason: Literal["", "stop", "length", "cancelled", "deadline"]
     span: Span | None = None
     prompt_tokens: Count = 0
+    missed: tuple[ReplyTo, ...] = ()
 
 
 class SequenceRejected(Message, frozen=True, tag="sequence.rejected"):

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from world import MS, SECOND, Bench, accepted, said
 
+from actors.gpu import Gpu, Instance
 from actors.request_state import RequestsState
 from actors.requests import Requests
 from bus.messages import (
@@ -26,6 +27,7 @@ from bus.messages import (
     RequestPlaced,
     RunSequence,
     SequenceEnded,
+    SequenceFinished,
     SetTimer,
     ShowFrom,
     ShowPositions,
@@ -133,6 +135,36 @@ def test_a_reader_whom_the_worker_no_longer_met_gets_that_end_and_one_more_last_
     end, last = requests.handle(ReaderAdded(IDS[1], 1, False, LATE), 60)
     assert isinstance(end.message, RequestEnded) and (end.message.request, end.message.replies) == (IDS[1], (LATE,))
     assert last == To("reader", ChoicesEnded(R, "m0", (LATE,)))
+
+
+def test_a_reader_whom_the_worker_missed_gets_that_end_before_the_last_word() -> None:
+    gpu = Gpu(W)
+    gpu.state.epoch, gpu.state.instances["m0"] = 1, Instance(8, 10, 10, status="running")
+    for index in (0, 2):
+        gpu.handle(RunSequence(IDS[index], 1, "m0", 7, choice=CHOICES[index]), 10)
+        gpu.handle(ShowFrom(IDS[index], 1, LATE), 20)
+    assert gpu.handle(ReaderAdded(IDS[0], 1, True, LATE), 30) == []
+    (ended,) = gpu.handle(SequenceFinished(IDS[2], 1, "stop", 0, 3, 4, 5), 40)
+    assert isinstance(ended.message, SequenceEnded) and ended.message.missed == (LATE,)
+    assert gpu.handle(ReaderAdded(IDS[2], 1, False, LATE), 50) == [], "told with the end already"
+    (ended,) = gpu.handle(SequenceFinished(IDS[0], 1, "stop", 0, 1, 4, 5), 60)
+    assert isinstance(ended.message, SequenceEnded) and ended.message.missed == ()
+    requests = family(0, 1, 2)
+    requests.handle(ReaderAttached(R, LATE), 30)
+    finish(requests, 0)
+    finish(requests, 1)
+    end = SequenceEnded(IDS[2], 1, "stop", span(3), 3, (LATE,))
+    shown, missed, last, *_ = [to.message for to in requests.handle(end, 50)]
+    assert isinstance(shown, RequestEnded) and shown.shown
+    assert isinstance(missed, RequestEnded) and (missed.replies, missed.spans) == ((LATE,), (span(3),))
+    assert last == ChoicesEnded(R, "m0", (INBOX, LATE))
+
+
+def test_a_request_with_one_answer_says_what_it_always_said() -> None:
+    here = Bench()
+    messages = [*here.alone("requests", accepted("k", deadline_ms=5, reply=INBOX))]
+    payloads = b"".join(one.payload for step in messages for one in step.said)
+    assert b'"request.place"' in payloads and not any(word in payloads for word in (b"choice", b"priority", b"missed"))
 
 
 def test_one_single_reply_has_all_answers_and_no_worker_shows_it() -> None:

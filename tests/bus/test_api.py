@@ -50,7 +50,7 @@ def test_every_field_arrives_in_both_encodings() -> None:
         "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "temperature": 0, "top_p": 0.5, "top_k": 4,
         "seed": 9, "stop": "x", "client": "shop", "key": "k", "deadline_ms": 10, "from": 2, "stream": False,
         "min_tokens": 2, "stop_tokens": [7, 5, 7], "repetition_penalty": 1.5, "presence_penalty": -1,
-        "frequency_penalty": 0.25, "logit_bias": {"10": -100, "9": 3}, "priority": -7,
+        "frequency_penalty": 0.25, "logit_bias": {"10": -100, "9": 3}, "priority": -7, "logprobs": 0, "n": 2,
     }  # fmt: skip
     one = parse(body)
     other = parse(msgspec.msgpack.encode(body), MSGPACK)
@@ -61,6 +61,7 @@ def test_every_field_arrives_in_both_encodings() -> None:
     assert (generation.min_tokens, generation.stop_tokens) == (2, (5, 7))
     penalties = (generation.repetition_penalty, generation.presence_penalty, generation.frequency_penalty)
     assert penalties == (1.5, -1.0, 0.25)
+    assert (generation.logprobs, generation.n) == (0, 2)
     assert generation.logit_bias == ((9, 3.0), (10, -100.0)) and one.accepted.priority == -7
     numbered = msgspec.msgpack.encode(body | {"logit_bias": {9: 3, 10: -100}})
     assert parse(numbered, MSGPACK).accepted == one.accepted
@@ -84,7 +85,7 @@ def test_a_field_that_says_its_default_says_nothing_to_the_byte() -> None:
     )
     spelled = {
         "min_tokens": 0, "stop_tokens": [], "repetition_penalty": 1, "presence_penalty": -0.0, "frequency_penalty": 0,
-        "logit_bias": {}, "priority": 0,
+        "logit_bias": {}, "priority": 0, "n": 1,
     }  # fmt: skip
     assert encode(parse(body | spelled).accepted) == plain
 
@@ -208,6 +209,8 @@ NEAR = {
     "frequency_penalty": st.floats(-2.5, 2.5),
     "logit_bias": st.dictionaries(st.integers(-1, 2**32).map(str) | st.text(max_size=3), st.floats(-101, 101)),
     "priority": st.integers(-102, 102),
+    "logprobs": st.integers(-1, 21),
+    "n": st.integers(0, 17) | st.floats(0, 17),
 }
 """Values near what the field takes: what is drawn from anything seldom gets past a type."""
 

@@ -13,8 +13,11 @@ TURNS = 8
 
 
 def small(crash_at: int = 0, before_answer: bool = True) -> Options:
-    """Two controls and two workers of one server, few requests for two models that do not fit together."""
-    world = replace(calm(2), controls=2, servers=1, workers=2, requests=6, fault_seconds=4.0)
+    """Two controls and two workers of one server, few requests for two models that do not fit together.
+
+    Some of them ask for several answers.
+    """
+    world = replace(calm(2), controls=2, servers=1, workers=2, requests=4, several=0.5, fault_seconds=4.0)
     return replace(world, models=world.models[:2], crash_at=crash_at, crash_before_answer=before_answer)
 
 
