@@ -213,6 +213,12 @@ def _print_status(found: dict[str, Any]) -> None:
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(found["requests"].items())) or "none"
     where = f"at ledger sequence {found['position']}, rule version {found['rules']}"
     console.print(f"cell {found['cell']} {where}; requests: {counts}")
+    for name, stream in found.get("streams", {}).items():
+        if stream["percent"] >= 80:
+            room = (
+                "see `longshore ledger status`" if name == "ledger" else "old pages expire, or give it a larger limit"
+            )
+            console.print(f"the stream of the {name} is filled to {stream['percent']} % of its limit: {room}")
     for control in found["controls"]:
         why = f": {control['reason']}" if control["reason"] else ""
         console.print(f"control {control['id']} (process {control['process']}) is {control['state'] or 'there'}{why}")

@@ -50,6 +50,10 @@ STANDBY_SECONDS = 0.5
 """How much later a replica that does not lead does what the leading one should have done by then."""
 
 MEASURE_SECONDS = 1.0
+
+FULL_RETRY_SECONDS = 1.0
+FULL_LOG_SECONDS = 10.0
+FULL_REASON = "what must be said finds no room: `longshore ledger limit SIZE` gives it more, `rotate` drops what is old"
 LEAVE_SECONDS = 2.0
 """How long what was taken from clients may need to be answered, when a control ends."""
 
@@ -95,6 +99,7 @@ class Control:
         self._reader = ResultsReader(bus, self.subjects)
         self._unshown = Unshown()
         self._seals: dict[bytes, SealTokens] = {}
+        self._told_full = float("-inf")
         self.snapshots = SnapshotTaker(bus, self.subjects, me, facts=snapshot_facts, capture=capture)
 
     @property
@@ -250,18 +255,23 @@ class Control:
         )
         future.add_done_callback(lambda done: self._answered(replica, fact, said, done))
 
-    @staticmethod
-    def _answered(replica: Replica, fact: int, said: Said, future: asyncio.Future[Appended]) -> None:
+    def _answered(self, replica: Replica, fact: int, said: Said, future: asyncio.Future[Appended]) -> None:
         replica.answered(fact, said.place)
         if future.cancelled():
             return
         error = future.exception()
         if isinstance(error, LogFull):
-            log.error(
-                "ledger full", reason="what must be said finds no room: give the stream more, or a new generation"
-            )
+            self._found_no_room(replica)
         elif error is not None and not isinstance(error, BusError):
             raise error
+
+    def _found_no_room(self, replica: Replica) -> None:
+        """What is not stored stays expected, and is said again as what is missing, a moment later."""
+        now = asyncio.get_running_loop().time()
+        replica.disturbed(now + FULL_RETRY_SECONDS)
+        if now - self._told_full >= FULL_LOG_SECONDS:
+            self._told_full = now
+            log.error("ledger full", missing=len(replica.readback.expected), reason=FULL_REASON)
 
     async def _rescue(self, replica: Replica) -> None:
         """Publish what the leading replica should have published, once the head of the stream lacks it."""

@@ -98,6 +98,7 @@ class Intake:
         self._results = ResultsReader(bus, subjects)
         self._percent = 0
         self._tokens_percent = 0
+        self._streams: dict[str, Usage] = {}
         self._measured = float("-inf")
         self._parts_age_ns = PARTS_SECONDS * 1_000_000_000
         self.counts: dict[str, int] = {"requests": 0, "errors": 0}
@@ -149,8 +150,9 @@ class Intake:
 
     async def measure(self) -> None:
         """Look how full the streams are. Call it about once a second."""
-        self._percent = _percent(await self._bus.ledger.usage())
-        self._tokens_percent = _percent(await self._bus.tokens.usage())
+        ledger, tokens = await self._bus.ledger.usage(), await self._bus.tokens.usage()
+        self._streams = {"ledger": ledger, "tokens": tokens}
+        self._percent, self._tokens_percent = _percent(ledger), _percent(tokens)
         self._measured = asyncio.get_running_loop().time()
         self._parts_age_ns = (await self._bus.parts.usage()).max_age_ns
 
@@ -314,7 +316,8 @@ class Intake:
         except NoAnswer:
             return unknown(parsed.request, "the ledger did not answer in time: repeat with the same key", retry_ms=1000)
         except LogFull:
-            raise Refusal("ledger_full", "the ledger is full: no new requests until an operator makes room") from None
+            full = "the ledger is full: no new requests until an operator makes room"
+            raise Refusal("ledger_full", full, retry_ms=60_000) from None
         log.info("request accepted", request=parsed.request, model=fact.model, again=again)
         return accepted(parsed.request)
 
@@ -379,6 +382,9 @@ class Intake:
             await self.state(actor, message, message_id)
         except NoAnswer:
             raise Refusal("not_ready", "the ledger did not answer in time: try again", retry_ms=1000) from None
+        except LogFull:
+            full = "the ledger is full: nothing can be stated until an operator makes room"
+            raise Refusal("ledger_full", full, retry_ms=60_000) from None
 
     async def _result(self, delivery: Delivery) -> Answer:
         name = await self._known(delivery)
@@ -477,6 +483,7 @@ class Intake:
             "live": self._live(),
             "requests": counts,
             "waiting": placement.waiting,
+            "streams": {name: _shown(usage) for name, usage in self._streams.items()},
             "servers": servers,
             "workers": workers,
             "models": [model["model"] for model in self._models() if not model["removed"]],
@@ -505,6 +512,17 @@ def _check_inputs(inputs: tuple[Input, ...], card: ModelCard) -> None:
         if wrong is not None:
             outside = f"token id {wrong} in tokens[{number}] is outside"
             raise Refusal("bad_request", f"{outside} of {card.model}'s vocabulary of {card.vocabulary}")
+
+
+def _shown(usage: Usage) -> dict[str, int]:
+    return {
+        "messages": usage.messages,
+        "bytes": usage.stored_bytes,
+        "limit_bytes": usage.limit_bytes,
+        "percent": _percent(usage),
+        "first": usage.first_sequence,
+        "last": usage.last_sequence,
+    }
 
 
 def _percent(usage: Usage) -> int:
