@@ -23,7 +23,7 @@ from actors.replica import Replica
 from actors.rules import KNOWN_RULES, UnknownRules
 from bus.contract import Bus, BusError, NoAnswer, Record
 from bus.errors import UserError
-from bus.snapshots import Manifest, SnapshotStore, Torn, anchor_of
+from bus.snapshots import Manifest, SnapshotStore, Torn, agrees, anchor_of
 from bus.subjects import Subjects
 
 SNAPSHOT_FACTS = 5000
@@ -118,7 +118,7 @@ async def find_start(bus: Bus, subjects: Subjects, known_rules: tuple[int, ...] 
             log.warning("snapshot not used", snapshot=manifest.name, reason=str(unknown))
             continue
         try:
-            if not await _agrees(bus, manifest):
+            if not await agrees(bus.ledger, manifest):
                 log.warning("snapshot not used", snapshot=manifest.name, reason="it belongs to another ledger")
                 continue
             return decode_stored(subjects.cell, await _read(bus, subjects, manifest), manifest, known_rules)
@@ -135,11 +135,6 @@ async def find_start(bus: Bus, subjects: Subjects, known_rules: tuple[int, ...] 
             f"{subjects.snapshots_stream} leads up to it: restore that stream from a backup with `longshore restore`"
         )
     return Start(Cell(subjects.cell, known_rules), frozenset(), [], [], None)
-
-
-async def _agrees(bus: Bus, manifest: Manifest) -> bool:
-    record = await bus.ledger.get(manifest.position)
-    return record is not None and anchor_of(record) == manifest.anchor
 
 
 async def _read(bus: Bus, subjects: Subjects, manifest: Manifest) -> bytes:

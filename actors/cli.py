@@ -276,10 +276,11 @@ async def replay(
 
         print(msgspec.json.encode(verdict).decode())
     elif verdict.difference is None:
+        begin = f"from the snapshot at {verdict.snapshot} " if verdict.snapshot else ""
         pending = f", {verdict.pending} not yet written at its end" if verdict.pending else ""
         print(
             f"verified: {verdict.verified} messages derived from {verdict.facts} facts are what this code computes, "
-            f"up to ledger sequence {verdict.last_sequence}{pending}"
+            f"{begin}up to ledger sequence {verdict.last_sequence}{pending}"
         )
     else:
         print(f"difference at {verdict.sentence}")

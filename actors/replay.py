@@ -21,7 +21,11 @@ GRACE_SECONDS = 1.0
 
 
 class Verdict(msgspec.Struct):
-    """What a replay found. `pending`: outputs of the last facts that the recording ends before."""
+    """What a replay found. `pending`: outputs of the last facts that the recording ends before.
+
+    `snapshot`: the ledger position of the state that it began with, 0 for the ledger's beginning. `facts` counts from
+    the ledger's beginning in any case.
+    """
 
     cell: str
     facts: int
@@ -31,21 +35,33 @@ class Verdict(msgspec.Struct):
     digest: str
     difference: dict[str, Any] | None = None
     sentence: str = ""
+    snapshot: int = 0
 
 
-def verify(cell_name: str, records: Iterable[Record], *, accepted: frozenset[tuple[int, int]] = frozenset()) -> Verdict:
+def verify(
+    cell_name: str,
+    records: Iterable[Record],
+    *,
+    accepted: frozenset[tuple[int, int]] = frozenset(),
+    start: Cell | None = None,
+) -> Verdict:
     """Run all records and compare every derived message; the first difference ends it.
+
+    `start` is the state to go on from (it is changed); what stands up to its position is passed over.
 
     An output that stays missing is a difference; one that was computed within the last `GRACE_SECONDS` of the
     recording is `pending`: the recording ended before it was written.
     """
-    readback = Readback(Cell(cell_name), accepted)
+    readback = Readback(start if start is not None else Cell(cell_name), accepted)
+    began = readback.position
     newest = 0.0
     # Nothing below makes cycles, and the collector would walk a state that only grows, again and again.
     collecting = gc.isenabled()
     gc.disable()
     try:
         for record in records:
+            if record.sequence <= began:
+                continue
             newest = record.timestamp / 1e9
             readback.take(record, newest)
         for expected in readback.expected.values():
@@ -53,11 +69,11 @@ def verify(cell_name: str, records: Iterable[Record], *, accepted: frozenset[tup
                 fact, place, kind = expected.fact, expected.said.place, kind_in(expected.said.subject)
                 raise Difference(fact, fact, place, kind, "index", "no such message", "one was computed")
     except Difference as found:
-        return _verdict(cell_name, readback, found)
+        return _verdict(cell_name, readback, found, began)
     finally:
         if collecting:
             gc.enable()
-    return _verdict(cell_name, readback, None)
+    return _verdict(cell_name, readback, None, began)
 
 
 def collect_accepted(records: Iterable[Record]) -> frozenset[tuple[int, int]]:
@@ -66,17 +82,20 @@ def collect_accepted(records: Iterable[Record]) -> frozenset[tuple[int, int]]:
     return frozenset(key for key in found if key is not None)
 
 
-def state_at(cell_name: str, records: Iterable[Record], sequence: int) -> Cell:
-    """The cell after everything up to and including this ledger sequence."""
-    cell = Cell(cell_name)
+def state_at(cell_name: str, records: Iterable[Record], sequence: int, *, start: Cell | None = None) -> Cell:
+    """The cell after everything up to and including this ledger sequence. `start` as in `verify`."""
+    cell = start if start is not None else Cell(cell_name)
+    began = cell.position
     for record in records:
+        if record.sequence <= began:
+            continue
         if record.sequence > sequence:
             break
         cell.take(record)
     return cell
 
 
-def _verdict(cell_name: str, readback: Readback, found: Difference | None) -> Verdict:
+def _verdict(cell_name: str, readback: Readback, found: Difference | None, began: int) -> Verdict:
     cell = readback.cell
     return Verdict(
         cell=cell_name,
@@ -87,4 +106,5 @@ def _verdict(cell_name: str, readback: Readback, found: Difference | None) -> Ve
         digest=cell.digest(),
         difference=found.as_dict() if found is not None else None,
         sentence=str(found) if found is not None else "",
+        snapshot=began,
     )

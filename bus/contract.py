@@ -10,6 +10,8 @@ Rules that every implementation keeps and every caller relies on:
   under the same message id; they never decide twice.
 * A message id saves traffic only. Within the server's dedupe window a repeated id answers the first sequence with
   `duplicate=True`; outside of it the record is stored again. Readers drop repeats by what the payload says.
+* The beginning of a log may be given up (`drop`). A reader that has not read all that it wants of it raises
+  `LogChanged`, never passes over it in silence.
 * A reader yields records in stream order, each sequence at most once, without holes among those that match its
   filters. It survives reconnects by itself; on every reconnect it compares the record at its position with the
   one it took and raises `LogChanged` when they differ or when its position lies beyond the end.

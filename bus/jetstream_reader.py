@@ -6,6 +6,9 @@ heartbeats say that more was sent than came, where they stay away, and after eve
 consumer and makes another one behind the last record that it took. Before that it compares that record with the one
 that the stream holds now.
 
+Whoever gives up the beginning of a stream (`Log.drop`) may do so before a reader was there. A reader that was away then
+goes on only where it had read all that was as old as what is gone: its last heartbeat or newest record tell.
+
 Flow control is answered only when few records wait here, so a slow caller slows the server, not fills our memory.
 """
 
@@ -14,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -29,6 +33,8 @@ SILENT_PERIODS = 2
 BACKLOG_RECORDS = 8192
 """Above so many records not yet fetched by the caller the server is told to wait."""
 RETRY_SECONDS = 0.2
+CLOCKS_NS = 5_000_000_000
+"""How far the clocks of this process and of the server may lie apart, for what a heartbeat is taken to say."""
 MISSING_SECONDS = 2.0
 """How long a stream may be missing before that counts as deleted: a cluster that starts may not know it yet."""
 
@@ -46,6 +52,8 @@ class JetStreamReader:
         self._position = max(0, start - 1)
         self._anchor: Record | None = None
         self._beyond_end = False
+        self._expires = False
+        self._complete_at = 0
         self._records: deque[Record] = deque()
         self._error: BusError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -170,6 +178,9 @@ class JetStreamReader:
             return
         self._consumer_count = count
         sequence = int(fields[at])
+        if sequence > self._position + 1 and self._position and not self._filters and not self._expires:
+            self._fail(self._dropped(sequence - 1))
+            return
         if sequence <= self._position:
             # The server starts at the end of the stream where the wished start lies beyond it.
             return
@@ -183,6 +194,8 @@ class JetStreamReader:
             int(fields[at + 3]),
         )
         self._anchor = record
+        if not record.pending:
+            self._complete_at = record.timestamp
         self._records.append(record)
         waiter = self._waiter
         if waiter is not None and not waiter.done():
@@ -197,6 +210,8 @@ class JetStreamReader:
         sent = named.get("Nats-Last-Consumer")
         if sent is not None and int(sent) != self._consumer_count:
             self._trouble.set()
+        elif sent is not None and "Nats-Consumer-Stalled" not in named:
+            self._complete_at = time.time_ns() - CLOCKS_NS
         flow = reply or named.get("Nats-Consumer-Stalled", "").encode()
         if flow and len(self._records) < BACKLOG_RECORDS:
             self._answer_flow(flow)
@@ -246,6 +261,7 @@ class JetStreamReader:
         """Remember what stands at the position before anything is read, so that a later comparison has a ground."""
         info = await stream_info(self._connection, self._stream)
         self._beyond_end = self._position > info["state"]["last_seq"]
+        self._expires = bool(info["config"].get("max_age"))
         if self._position and not self._beyond_end:
             self._anchor = await get_message(self._connection, self._stream, {"seq": self._position})
 
@@ -259,6 +275,10 @@ class JetStreamReader:
                 f"stream {self._stream} ends at {state['last_seq']}, but it was read up to {position}: "
                 "it was restored or created anew"
             )
+        if not self._expires and position and state["first_seq"] > position + 1:
+            first = await get_message(self._connection, self._stream, {"seq": state["first_seq"]})
+            if first is None or first.timestamp > self._complete_at:
+                raise self._dropped(state["first_seq"] - 1)
         if anchor is None:
             return
         now = await get_message(self._connection, self._stream, {"seq": anchor.sequence})
@@ -271,6 +291,12 @@ class JetStreamReader:
                 f"stream {self._stream} holds something else at {anchor.sequence} than what was read there: "
                 "it was restored or created anew"
             )
+
+    def _dropped(self, last: int) -> LogChanged:
+        return LogChanged(
+            f"the beginning of stream {self._stream} up to {last} was given up while a reader of it stood at "
+            f"{self._position}"
+        )
 
     def _fail(self, error: BusError) -> None:
         if self._error is None:

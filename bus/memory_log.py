@@ -201,6 +201,7 @@ class MemoryReader:
         self._hidden: deque[int] = deque()
         self._ready: deque[Record] = deque()
         self._error: BusError | None = None
+        self._missed = 0
         self._waiter: asyncio.Future[None] | None = None
         self.number = stream.watch(self)
         self._catch_up()
@@ -247,6 +248,10 @@ class MemoryReader:
         if self._line.connected:
             self.resume()
 
+    def dropping(self, records: list[Record]) -> None:
+        if any(record.sequence > self._position and self._wants(record.subject) for record in records):
+            self._missed = records[-1].sequence
+
     # what the connection says
     def lost(self) -> None:
         self._pipe.clear()
@@ -268,6 +273,8 @@ class MemoryReader:
 
     def _difference(self) -> LogChanged | None:
         name, position, anchor = self._stream.name, self._position, self._anchor
+        if self._missed:
+            return dropped(name, self._missed, position)
         if self._stream.last_sequence < position and not (self._beyond_end and anchor is None):
             return LogChanged(
                 f"stream {name} ends at {self._stream.last_sequence}, but it was read up to {position}: "
@@ -292,6 +299,9 @@ class MemoryReader:
         """Everything up to a sequence has arrived."""
         while self._hidden and self._hidden[0] <= sequence:
             record = self._stream.get(self._hidden.popleft())
+            if record is None and self._missed:
+                self._fail(dropped(self._stream.name, self._missed, self._position))
+                return
             if record is None:  # expired before it was delivered
                 continue
             self._position = record.sequence
@@ -305,6 +315,10 @@ class MemoryReader:
             self._error = error
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def dropped(name: str, last: int, position: int) -> LogChanged:
+    return LogChanged(f"the beginning of {name} up to {last} was given up while a reader of it stood at {position}")
 
 
 def check_size(subject: str, header_bytes: int, payload: bytes) -> None:

@@ -70,6 +70,10 @@ class Watcher(Protocol):
 
     def replaced(self) -> None: ...
 
+    def dropping(self, records: list[Record]) -> None:
+        """These are about to be given up."""
+        ...
+
 
 class MemoryStream:
     """Records of one stream. `wall` gives the server's clock in nanoseconds."""
@@ -214,6 +218,8 @@ class MemoryStream:
     def drop(self, before: int) -> None:
         """Give up everything below a sequence."""
         count = min(max(0, before - self._first), len(self._records))
+        for watcher in list(self._watchers.values()):
+            watcher.dropping(self._records[:count])
         self._forget_first(count)
 
     def _forget_first(self, count: int) -> None:

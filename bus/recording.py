@@ -3,7 +3,8 @@
     bytes 0-8        magic "LONGREC" and the format version, one byte each
     8-4096           header: length, MessagePack map, digest, zeros (written last, so that it says what the file holds)
     from 4096        blocks: digest (16 bytes), length (4), MessagePack array of records
-                     [sequence, timestamp, subject, payload, publisher], all of one stream, in its order
+                     [sequence, timestamp, subject, payload, publisher], all of one stream, in its order;
+                     in version 2 first the snapshot that the ledger goes on from, in pieces: records of "snapshot"
     behind them      trailer: MessagePack array of blocks [stream, offset, length, records, first sequence]
     last 36 bytes    digest of the trailer (16), its offset (8), its length (4), "LONGEND" and the version
 
@@ -26,20 +27,25 @@ import msgspec
 
 from bus.contract import Bus, Log, Record, Usage
 from bus.errors import UserError
+from bus.snapshots import oldest_start
+from bus.subjects import Subjects
 
-VERSION = 1
-MAGIC = b"LONGREC" + bytes([VERSION])
-END_MAGIC = b"LONGEND" + bytes([VERSION])
+VERSION = 2
+"""2 holds the snapshot that it starts from. What begins at the ledger's beginning needs none, and is written as 1."""
+MAGIC = b"LONGREC"
+END_MAGIC = b"LONGEND"
+MAGIC_BYTES = len(MAGIC) + 1
 DIGEST_BYTES = 16
 HEADER_BYTES = 4096
 BLOCK_RECORDS = 2048
 BLOCK_BYTES = 1024 * 1024
-_HEADER_ROOM = HEADER_BYTES - len(MAGIC) - 4 - DIGEST_BYTES
+_HEADER_ROOM = HEADER_BYTES - MAGIC_BYTES - 4 - DIGEST_BYTES
 _FRAME = struct.Struct("<16sI")
 _FOOTER = struct.Struct("<16sQI8s")
 
 T = TypeVar("T")
 Stream = Literal["ledger", "tokens"]
+Held = Literal["ledger", "tokens", "snapshot"]
 Progress = Callable[[str, int, int], None]
 """Called with the stream, how far it is read, and its last sequence."""
 
@@ -56,18 +62,22 @@ class Bounds(msgspec.Struct, frozen=True):
     last: int = 0
 
 
-class Header(msgspec.Struct, frozen=True):
-    """`recorded_at` in nanoseconds since the epoch. `rules`: version in force from a ledger sequence on."""
+class Header(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`recorded_at` in nanoseconds since the epoch. `rules`: version in force from a ledger sequence on.
+
+    `snapshot`: the ledger position of the state that it holds, 0 where it holds none.
+    """
 
     cell: str
     recorded_at: int
     ledger: Bounds
     tokens: Bounds
     rules: tuple[tuple[int, int], ...] = ((0, 1),)
+    snapshot: int = 0
 
 
 class _Block(msgspec.Struct, frozen=True, array_like=True):
-    stream: Stream
+    stream: Held
     offset: int
     length: int
     records: int
@@ -110,6 +120,7 @@ class RecordingWriter:
         self._rules: list[tuple[int, int]] = [(0, 1)]
         self._waiting: dict[Stream, list[Record]] = {"ledger": [], "tokens": []}
         self._waiting_bytes = 0
+        self._snapshot = 0
         self._blocks: list[_Block] = []
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         try:
@@ -134,15 +145,25 @@ class RecordingWriter:
         if len(waiting) >= BLOCK_RECORDS or self._waiting_bytes >= BLOCK_BYTES:
             self._flush()
 
+    def start_from(self, position: int, body: bytes) -> None:
+        """The state from which the ledger goes on, as it is stored (`bus.snapshots`). Before any record."""
+        assert not self._blocks and position > 0
+        self._snapshot = position
+        for number, start in enumerate(range(0, max(1, len(body)), BLOCK_BYTES), 1):
+            self._write("snapshot", [Record(number, 0, "", body[start : start + BLOCK_BYTES])])
+
     def _flush(self) -> None:
         for stream, records in self._waiting.items():
             if records:
-                data = _encode([record[:5] for record in records])
-                self._blocks.append(_Block(stream, self._file.tell(), len(data), len(records), records[0].sequence))
-                self._file.write(_FRAME.pack(_digest(data), len(data)))
-                self._file.write(data)
+                self._write(stream, records)
                 self._waiting[stream] = []
         self._waiting_bytes = 0
+
+    def _write(self, stream: Held, records: list[Record]) -> None:
+        data = _encode([record[:5] for record in records])
+        self._blocks.append(_Block(stream, self._file.tell(), len(data), len(records), records[0].sequence))
+        self._file.write(_FRAME.pack(_digest(data), len(data)))
+        self._file.write(data)
 
     def finish(self) -> Header:
         """Write what is left, make it durable, and take the name."""
@@ -150,13 +171,16 @@ class RecordingWriter:
         trailer = _encode(self._blocks)
         offset = self._file.tell()
         self._file.write(trailer)
-        self._file.write(_FOOTER.pack(_digest(trailer), offset, len(trailer), END_MAGIC))
+        version = bytes([VERSION if self._snapshot else 1])
+        self._file.write(_FOOTER.pack(_digest(trailer), offset, len(trailer), END_MAGIC + version))
         rules = tuple(self._rules[:1] + self._rules[1:][-64:])
-        header = Header(self.cell, self.recorded_at, self._bounds["ledger"], self._bounds["tokens"], rules)
+        header = Header(
+            self.cell, self.recorded_at, self._bounds["ledger"], self._bounds["tokens"], rules, self._snapshot
+        )
         data = _encode(header)
         assert len(data) <= _HEADER_ROOM
         self._file.seek(0)
-        self._file.write(MAGIC + len(data).to_bytes(4, "little") + data + _digest(data))
+        self._file.write(MAGIC + version + len(data).to_bytes(4, "little") + data + _digest(data))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -190,7 +214,7 @@ class RecordingWriter:
 async def write_recording(
     path: Path | str, bus: Bus, *, cell: str, progress: Progress | None = None, force: bool = False
 ) -> Header:
-    """Record both streams up to where they end now.
+    """Record both streams up to where they end now; of a ledger whose beginning was dropped, from a snapshot on.
 
     The ledger's end is taken first: whatever its facts say of tokens was durable before, so the recording holds it.
     """
@@ -199,6 +223,10 @@ async def write_recording(
         with writer:
             ends: list[tuple[Stream, Log, Usage]] = [("ledger", bus.ledger, await bus.ledger.usage())]
             ends.append(("tokens", bus.tokens, await bus.tokens.usage()))
+            if ends[0][2].messages and ends[0][2].first_sequence > 1:
+                start = await oldest_start(bus, Subjects(cell), ends[0][2].first_sequence)
+                if start is not None:
+                    writer.start_from(start[0].position, start[1])
             for stream, log, usage in ends:
                 await _copy(writer, stream, log, usage, progress)
     except OSError as error:
@@ -246,7 +274,7 @@ class Recording:
         try:
             with path.open("rb") as file:
                 header = _read_header(path, file)
-                blocks = _read_trailer(path, file)
+                blocks = _read_trailer(path, file, 2 if header.snapshot else 1)
         except OSError as error:
             raise RecordingError(f"{path} cannot be read: {error.strerror}") from None
         for stream, bounds in (("ledger", header.ledger), ("tokens", header.tokens)):
@@ -254,6 +282,11 @@ class Recording:
             if held != bounds.records:
                 raise _damaged(path, f"its trailer counts {held} records of {stream}, its header {bounds.records}")
         return cls(path, header, blocks)
+
+    def snapshot(self) -> bytes:
+        """The stored state that its ledger goes on from, at `header.snapshot`; empty where that is 0."""
+        pieces = [record.payload for records in self._batches("snapshot", 0) for record in records]
+        return b"".join(pieces)
 
     def ledger(self, start: int = 0) -> Iterator[Record]:
         """Facts and what was said, in stream order, from sequence `start` on."""
@@ -264,8 +297,8 @@ class Recording:
         return self._iterate("tokens", start)
 
     def verify(self) -> int:
-        """Read and check every block; returns the number of records."""
-        return sum(len(records) for stream in ("ledger", "tokens") for records in self._batches(stream, 0))
+        """Read and check every block; returns how many records they hold, pieces of a snapshot included."""
+        return sum(len(records) for stream in ("snapshot", "ledger", "tokens") for records in self._batches(stream, 0))
 
     def _iterate(self, stream: str, start: int) -> Iterator[Record]:
         for records in self._batches(stream, start):
@@ -317,15 +350,15 @@ def _decode(path: Path, decoder: msgspec.msgpack.Decoder[T], data: bytes, where:
 
 def _read_header(path: Path, file: IO[bytes]) -> Header:
     head = file.read(HEADER_BYTES)
-    if not head.startswith(MAGIC[:-1]):
+    if not head.startswith(MAGIC):
         raise RecordingError(f"{path} is not a recording: make one with `longshore record FILE`")
-    if head[: len(MAGIC)] != MAGIC:
-        version = head[len(MAGIC) - 1] if len(head) >= len(MAGIC) else 0
+    version = head[len(MAGIC)] if len(head) >= MAGIC_BYTES else 0
+    if not 1 <= version <= VERSION:
         raise RecordingError(
-            f"{path} has recording format {version}, this program reads {VERSION}: use the release that wrote it"
+            f"{path} has recording format {version}, this program reads up to {VERSION}: use the release that wrote it"
         )
-    start = len(MAGIC) + 4
-    length = int.from_bytes(head[len(MAGIC) : start], "little")
+    start = MAGIC_BYTES + 4
+    length = int.from_bytes(head[MAGIC_BYTES:start], "little")
     if len(head) < HEADER_BYTES:
         raise _damaged(path, "it ends within its header")
     data = head[start : start + length]
@@ -334,11 +367,11 @@ def _read_header(path: Path, file: IO[bytes]) -> Header:
     return _decode(path, _header, data, "its header")
 
 
-def _read_trailer(path: Path, file: IO[bytes]) -> list[_Block]:
+def _read_trailer(path: Path, file: IO[bytes], version: int) -> list[_Block]:
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _FOOTER.size))
     footer = file.read(_FOOTER.size)
-    if size < HEADER_BYTES + _FOOTER.size or not footer.endswith(END_MAGIC):
+    if size < HEADER_BYTES + _FOOTER.size or footer[-MAGIC_BYTES:] != END_MAGIC + bytes([version]):
         raise _damaged(path, "its end is missing")
     digest, offset, length, _ = _FOOTER.unpack(footer)
     if offset + length != size - _FOOTER.size:

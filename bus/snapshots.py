@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from bus.contract import Appended, BusError, Log, NoAnswer, Record
+from bus.contract import Appended, Bus, BusError, Log, LogChanged, NoAnswer, Record
 from bus.subjects import Subjects
 
 FORMAT = 1
@@ -154,11 +154,8 @@ class SnapshotStore:
 
     async def manifests(self) -> list[Manifest]:
         """All snapshots of a format that is known here, the one with the latest position first. Raises `BusError`."""
-        last = await self._log.last(self._subjects.snapshot_manifest)
-        if last is None:
-            return []
         found: dict[str, Manifest] = {}
-        for record in await self._read(self._subjects.snapshot_manifest, 1, last.sequence):
+        for record in await self._manifest_records():
             try:
                 manifest = _manifest.decode(record.payload)
             except (msgspec.DecodeError, ValueError, RecursionError):
@@ -166,6 +163,16 @@ class SnapshotStore:
             if manifest.format == FORMAT and manifest.cell == self._subjects.cell:
                 found[manifest.name] = manifest
         return sorted(found.values(), key=lambda one: (one.position, one.last), reverse=True)
+
+    async def _manifest_records(self) -> list[Record]:
+        while True:
+            last = await self._log.last(self._subjects.snapshot_manifest)
+            if last is None:
+                return []
+            try:
+                return await self._read(self._subjects.snapshot_manifest, 1, last.sequence)
+            except Torn:  # somebody dropped old ones in between: there are newer ones
+                continue
 
     async def read(self, manifest: Manifest) -> bytes:
         """Its bytes. Raises `Torn`, and `BusError` where nobody answers."""
@@ -190,8 +197,38 @@ class SnapshotStore:
         try:
             while not records or records[-1].sequence < last:
                 records += await asyncio.wait_for(reader.batch(), READ_SECONDS)
+        except LogChanged:
+            raise Torn(f"records of {subject} up to {last} were dropped while they were read") from None
         except TimeoutError:
             raise NoAnswer(f"the records of {subject} up to {last} did not come in time") from None
         finally:
             await reader.close()
         return [record for record in records if record.sequence <= last]
+
+
+async def agrees(ledger: Log, manifest: Manifest) -> bool:
+    """Whether a snapshot belongs to this ledger: it holds at its position what stood there. Raises `BusError`."""
+    record = await ledger.get(manifest.position)
+    return record is not None and anchor_of(record) == manifest.anchor
+
+
+async def whole_snapshots(bus: Bus, subjects: Subjects, first: int) -> list[tuple[Manifest, bytes]]:
+    """Snapshots from which this ledger, which begins at `first`, can be gone on, the newest first.
+
+    Raises `BusError`.
+    """
+    store = SnapshotStore(bus.snapshots, subjects)
+    found = []
+    for manifest in await store.manifests():
+        if manifest.position + 1 < first or not await agrees(bus.ledger, manifest):
+            continue
+        try:
+            found.append((manifest, await store.read(manifest)))
+        except Torn:
+            continue
+    return found
+
+
+async def oldest_start(bus: Bus, subjects: Subjects, first: int) -> tuple[Manifest, bytes] | None:
+    """The oldest of them: what most of the ledger can be replayed from. None where there is none."""
+    return next(iter((await whole_snapshots(bus, subjects, first))[::-1]), None)

@@ -515,3 +515,49 @@ async def test_inboxes_are_unique(world: World) -> None:
         names = [bus.new_inbox() for bus in (one, two) for _ in range(50)]
         assert len(dict.fromkeys(names)) == 100
         assert all(name.startswith("_INBOX.") for name in names)
+
+
+# a beginning that is given up
+
+
+async def test_who_has_read_all_goes_on_when_the_beginning_is_given_up(world: World) -> None:
+    async with world.running():
+        bus, other = await world.bus(), await world.bus()
+        names = world.subjects
+        subject, wanted = names.fact("requests", "accepted"), names.fact("placement", "accepted")
+        await bus.ledger.append(wanted, b"wanted")
+        whole, filtered = await other.ledger.read(), await other.ledger.read([wanted])
+        for number in range(2, 31):
+            await bus.ledger.append(subject, b"%d" % number)
+        await read_up_to(whole, 30)
+        assert (await filtered.batch())[0].pending == 0
+        await world.heard(other)
+        await world.cut(other)
+        await bus.ledger.drop(21)
+        assert await bus.ledger.get(20) is None
+        await world.heal(other)
+        await bus.ledger.append(wanted, b"later")
+        assert [record.sequence for record in await read_up_to(filtered, 31)] == [31]
+        assert [record.sequence for record in await read_up_to(whole, 31)] == [31]
+        assert [record.sequence for record in await read_up_to(await bus.ledger.read(), 31)] == list(range(21, 32))
+
+
+async def test_who_has_not_read_what_is_given_up_is_told_so(world: World) -> None:
+    async with world.running():
+        bus, other = await world.bus(), await world.bus()
+        names = world.subjects
+        subject, wanted = names.fact("requests", "accepted"), names.fact("placement", "accepted")
+        await bus.ledger.append(wanted, b"wanted")
+        whole, filtered = await other.ledger.read(), await other.ledger.read([wanted])
+        await read_up_to(whole, 1)
+        await read_up_to(filtered, 1)
+        await world.cut(other)
+        await bus.ledger.append(wanted, b"missed")
+        await asyncio.sleep(0.01)
+        for number in range(3, 11):
+            await bus.ledger.append(subject, b"%d" % number)
+        await bus.ledger.drop(8)
+        await world.heal(other)
+        for reader in (whole, filtered):
+            with pytest.raises(LogChanged, match="up to 7 was given up"):
+                await read_up_to(reader, 10)

@@ -48,6 +48,27 @@ def test_what_was_written_is_read(tmp_path: Path, count: int) -> None:
         assert list(recording.ledger(start)) == [record for record in ledger if record.sequence >= start]
 
 
+def test_a_snapshot_stands_before_the_ledger_that_goes_on_from_it(tmp_path: Path) -> None:
+    body = bytes(range(256)) * 10_000
+    ledger = records(5000, 101)
+    with RecordingWriter(tmp_path / "r", "main", 5) as writer:
+        writer.start_from(103, body)
+        for record in ledger:
+            writer.add("ledger", record)
+    data = (tmp_path / "r").read_bytes()
+    assert data[:8] == b"LONGREC\x02" and data[-8:] == b"LONGEND\x02"
+    recording = Recording.open(tmp_path / "r")
+    assert (recording.header.snapshot, recording.snapshot()) == (103, body)
+    assert list(recording.ledger()) == ledger and recording.verify() == 5003
+    for at in (7, 5000, len(data) // 3, len(data) - 1):
+        (tmp_path / "r").write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        with pytest.raises(RecordingError):
+            Recording.open(tmp_path / "r").verify()
+    plain = Recording.open(write(tmp_path / "plain", records(3)))
+    assert (plain.header.snapshot, plain.snapshot()) == (0, b"")
+    assert (tmp_path / "plain").read_bytes()[:8] == b"LONGREC\x01", "what needs no snapshot is read by older releases"
+
+
 def test_a_running_cell_is_recorded_up_to_where_it_was(tmp_path: Path) -> None:
     async def scenario() -> None:
         server = MemoryServer("main")
@@ -116,7 +137,7 @@ def test_sequences_must_rise(tmp_path: Path) -> None:
     [
         (lambda data: b"hello", "is not a recording"),
         (lambda data: b"", "is not a recording"),
-        (lambda data: b"LONGREC\x09" + data[8:], "has recording format 9, this program reads 1"),
+        (lambda data: b"LONGREC\x09" + data[8:], "has recording format 9, this program reads up to 2"),
         (lambda data: data[:100], "it ends within its header"),
         (lambda data: data[:5000], "its end is missing"),
         (lambda data: data[:-1], "its end is missing"),

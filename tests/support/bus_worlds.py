@@ -8,7 +8,9 @@ import itertools
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any, Protocol
+from unittest import mock
 
+from bus import jetstream_reader
 from bus.contract import Bus, Record
 from bus.jetstream import JetStreamBus
 from bus.jetstream_api import call
@@ -44,6 +46,10 @@ class World(Protocol):
 
     async def recreate_ledger(self) -> None:
         """Delete the ledger, and create it anew, empty."""
+        ...
+
+    async def heard(self, bus: Bus) -> None:
+        """Wait until readers of this bus know that they have all."""
         ...
 
 
@@ -92,6 +98,9 @@ class MemoryTestWorld:
 
     async def recreate_ledger(self) -> None:
         self.server.ledger.recreate()
+
+    async def heard(self, bus: MemoryBus) -> None:
+        return None
 
 
 class Proxy:
@@ -190,6 +199,11 @@ class JetStreamTestWorld:
         assert self._admin is not None
         await call(self._admin.raw, f"STREAM.DELETE.{self.subjects.ledger_stream}")
         await self._admin.ensure_streams(**self._limits)
+
+    async def heard(self, bus: Bus) -> None:
+        """Heartbeats say so; that they come is what this waits for."""
+        with mock.patch.object(jetstream_reader, "CLOCKS_NS", 0):
+            await asyncio.sleep(2 * jetstream_reader.HEARTBEAT_SECONDS)
 
     async def _end(self) -> None:
         for bus in self._buses:
