@@ -183,11 +183,16 @@ class SnapshotTaker:
         self._last_fact: Record | None = None
         self.newest: Manifest | None = None
         self.busy = False
+        self._wanted = False
 
     def started_from(self, start: Start) -> None:
         self.newest = start.snapshot
         if start.snapshot is not None:
             self._since(start.snapshot)
+
+    def want(self) -> None:
+        """Take one as soon as there is anything new, however little."""
+        self._wanted = True
 
     def read(self, records: Iterable[Record], position: int) -> None:
         """Records as they were read; `position` is that of the cell, the last fact's."""
@@ -204,6 +209,8 @@ class SnapshotTaker:
         return True
 
     def _is_due(self, replica: Replica) -> bool:
+        if self._wanted:
+            return replica.cell.facts > self._facts
         patience = 1 if replica.leading else STANDBY_FACTOR
         facts = replica.cell.facts - self._facts
         return facts > 0 and (
@@ -245,6 +252,7 @@ class SnapshotTaker:
             at=self._bus.wall(),
         )
         self._since(self.newest)
+        self._wanted = False
         log.info("snapshot", position=record.sequence, bytes=self.newest.bytes, me=self._me)
 
     async def _still_due(self, replica: Replica) -> bool:

@@ -100,6 +100,7 @@ class Control:
         self._unshown = Unshown()
         self._seals: dict[bytes, SealTokens] = {}
         self._told_full = float("-inf")
+        self.intake.wants_snapshot = self._want_snapshot
         self.snapshots = SnapshotTaker(bus, self.subjects, me, facts=snapshot_facts, capture=capture)
 
     @property
@@ -209,8 +210,8 @@ class Control:
                 if behind and replica.live:
                     behind = False
                     self._caught_up(replica)
-                if not behind and self.snapshots.due(replica):
-                    self.tasks.spawn(self.snapshots.take(replica, lambda: self._beside(replica)), "snapshot")
+                if not behind:
+                    self._take_if_due(replica)
                 records = await reader.batch()
                 at = loop.time()
                 for record in records:
@@ -318,6 +319,15 @@ class Control:
         if isinstance(order, SealTokens):
             self._seals[payload] = order
             self.tasks.spawn(self._seal(replica, order), "seal")
+
+    def _take_if_due(self, replica: Replica) -> None:
+        if self.snapshots.due(replica):
+            self.tasks.spawn(self.snapshots.take(replica, lambda: self._beside(replica)), "snapshot")
+
+    def _want_snapshot(self) -> None:
+        self.snapshots.want()
+        if self.replica is not None:
+            self._take_if_due(self.replica)
 
     def _beside(self, replica: Replica) -> tuple[list[tuple[int, bytes]], list[bytes]]:
         """What a snapshot holds beside the cell: what may be unshown, and which seals were ordered and not stated."""

@@ -96,6 +96,7 @@ class Intake:
         self._live = live
         self._position = position
         self._results = ResultsReader(bus, subjects)
+        self.wants_snapshot: Callable[[], None] = lambda: None
         self._percent = 0
         self._tokens_percent = 0
         self._streams: dict[str, Usage] = {}
@@ -155,6 +156,11 @@ class Intake:
         self._percent, self._tokens_percent = _percent(ledger), _percent(tokens)
         self._measured = asyncio.get_running_loop().time()
         self._parts_age_ns = (await self._bus.parts.usage()).max_age_ns
+
+    @property
+    def filled_percent(self) -> int:
+        """How much of the ledger's limit is taken, as measured last."""
+        return self._percent
 
     def obstacles(self) -> list[str]:
         """Why new requests are not taken now, as far as the streams are the reason; one sentence each."""
@@ -423,8 +429,14 @@ class Intake:
             return self._models()
         if verb == "status":
             return self._status()
+        if verb == "snapshot":
+            if not self._live():
+                raise Refusal("not_ready", "this control is still reading the ledger", retry_ms=1000)
+            self.wants_snapshot()
+            return accepted("")
         if verb not in ("model.add", "model.remove"):
-            raise Refusal("bad_request", f"unknown verb {verb[:80]!r}: use models, status, model.add or model.remove")
+            verbs = "models, status, snapshot, model.add or model.remove"
+            raise Refusal("bad_request", f"unknown verb {verb[:80]!r}: use {verbs}")
         model = parse_model(delivery.payload, delivery.headers.get("Content-Type"))
         if verb == "model.remove" and model not in self._placement().models:
             raise Refusal("unknown_model", f"no model {model!r} in this cell")

@@ -7,7 +7,7 @@
 
 A kind of fact belongs to a role (`FACT_KINDS`); a new one that is missing here fails a test. What the rights are about:
 nobody but intake, drivers, watch and control publishes to the ledger, each its own kinds; a client neither reads nor
-changes a stream; nobody deletes or purges the ledger but control, which has to close its old generations.
+changes a stream; nobody drops anything of the ledger but control and operators, who make generations of its beginning.
 
 What they cannot forbid: whoever may create a consumer chooses where the server delivers, so a node or an operator that
 was taken over can have stored messages published on subjects that it may not write to itself.
@@ -117,6 +117,7 @@ def _control(place: Place) -> tuple[list[str], list[str]]:
         publish += [f"$JS.API.STREAM.{verb}.{stream}" for verb in ("CREATE", "UPDATE")]
     publish += _reads(subjects.ledger_stream) + _reads(subjects.tokens_stream) + _looks(intake) + _looks(parts)
     publish += [*_reads(subjects.snapshots_stream), f"$JS.API.STREAM.PURGE.{subjects.snapshots_stream}"]
+    publish.append(f"$JS.API.STREAM.PURGE.{subjects.ledger_stream}")
     publish += [
         f"$JS.API.CONSUMER.CREATE.{intake}.>",
         f"$JS.API.CONSUMER.DURABLE.CREATE.{intake}.*",
@@ -134,6 +135,10 @@ def _operator(place: Place) -> tuple[list[str], list[str]]:
     publish = [subjects.fact("*", kind) for kind in OPERATOR_KINDS]
     publish += [subjects.admin(">"), f"{SERVICE}.>"]
     publish += _reads(subjects.ledger_stream) + _reads(subjects.tokens_stream) + _looks(subjects.intake_stream)
+    publish += _reads(subjects.snapshots_stream)
+    publish += [f"$JS.API.STREAM.UPDATE.{stream}" for stream in (subjects.ledger_stream, subjects.tokens_stream)]
+    publish.append(f"$JS.API.STREAM.PURGE.{subjects.ledger_stream}")
+    publish += ["$JS.API.STREAM.SNAPSHOT.*", "$JS.SNAPSHOT.ACK.>", "$JS.API.STREAM.RESTORE.*", "$JS.SNAPSHOT.RESTORE.>"]
     publish += ["$JS.API.INFO", "$JS.API.STREAM.LIST", "$JS.API.STREAM.NAMES", "$JS.API.CONSUMER.LIST.*"]
     return publish, [f"{subjects.prefix}.>", "$JS.EVENT.ADVISORY.>"]
 

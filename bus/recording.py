@@ -19,6 +19,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal, TypeVar
@@ -232,6 +233,13 @@ async def write_recording(
     except OSError as error:
         raise RecordingError(f"{path} cannot be written: {error.strerror}") from None
     return Recording.open(path).header
+
+
+async def copy_into(writer: RecordingWriter, bus: Bus, last: int) -> None:
+    """The ledger up to a sequence, and all tokens that are there then."""
+    usage = await bus.ledger.usage()
+    await _copy(writer, "ledger", bus.ledger, replace(usage, last_sequence=min(last, usage.last_sequence)), None)
+    await _copy(writer, "tokens", bus.tokens, await bus.tokens.usage(), None)
 
 
 async def _copy(writer: RecordingWriter, stream: Stream, log: Log, usage: Usage, progress: Progress | None) -> None:

@@ -54,9 +54,11 @@ def state_at(position: int) -> Cell:
 FACTS = [record for record in LEDGER if ".fact." in record.subject]
 
 
-async def store(bus: MemoryBus, record: Record, *, rules: int = 1, **beside: list[bytes]) -> Manifest:
-    """A snapshot behind a fact, as a control stores it."""
-    cell = state_at(record.sequence)
+async def store(
+    bus: MemoryBus, record: Record, *, rules: int = 1, cell: Cell | None = None, **beside: list[bytes]
+) -> Manifest:
+    """A snapshot behind a fact, as a control stores it; `cell`: of another state than it should be."""
+    cell = cell or state_at(record.sequence)
     parts = stored_parts(Beside(**beside), cell.capture())  # type: ignore[arg-type]
     return await SnapshotStore(bus.snapshots, SUBJECTS).write(
         parts, position=record.sequence, anchor=anchor_of(record), rules=rules, facts=cell.facts, writer="w", at=1
