@@ -68,7 +68,7 @@ class Generation(msgspec.Struct, frozen=True):
     held_back_by: str = ""
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """A state with the manifest that says where it belongs."""
 
     manifest: Manifest
@@ -87,8 +87,8 @@ async def rotate(
     subjects = Subjects(cell)
     usage = await bus.ledger.usage()
     first = usage.first_sequence
-    newest, cut = await _two_snapshots(bus, subjects, first, keep_seconds)
-    before, why = _before(cell, newest, cut)
+    newest, cut = await two_snapshots(bus, subjects, first, keep_seconds)
+    before, why = droppable_before(cell, newest, cut)
     share = (before - first) * 100 // max(1, usage.last_sequence - first + 1)
     if before <= first or share < least_percent:
         held = f"request {why} has not ended and was accepted at {before}" if why else "two snapshots are kept"
@@ -116,9 +116,9 @@ async def rotate(
     )
 
 
-async def _two_snapshots(bus: Bus, subjects: Subjects, first: int, keep_seconds: float) -> tuple[_Kept, _Kept]:
+async def two_snapshots(bus: Bus, subjects: Subjects, first: int, keep_seconds: float) -> tuple[Kept, Kept]:
     """The newest, and the next older one that is old enough."""
-    found = [_Kept(*one) for one in await whole_snapshots(bus, subjects, first)]
+    found = [Kept(*one) for one in await whole_snapshots(bus, subjects, first)]
     distinct = [one for i, one in enumerate(found) if i == 0 or one.manifest.position != found[i - 1].manifest.position]
     limit = bus.wall() - int(keep_seconds * 1e9)
     for older in distinct[1:]:
@@ -132,7 +132,7 @@ async def _two_snapshots(bus: Bus, subjects: Subjects, first: int, keep_seconds:
     )
 
 
-async def _record(bus: Bus, cell: str, path: Path, last: int, start: _Kept | None) -> None:
+async def _record(bus: Bus, cell: str, path: Path, last: int, start: Kept | None) -> None:
     for left_over in path.parent.glob(f".{path.name}.*.part"):
         left_over.unlink(missing_ok=True)
     with RecordingWriter(path, cell, bus.wall(), force=True) as writer:
@@ -141,7 +141,7 @@ async def _record(bus: Bus, cell: str, path: Path, last: int, start: _Kept | Non
         await copy_into(writer, bus, last)
 
 
-def _verify(path: Path, cell: str, cut: _Kept, newest: _Kept) -> int:
+def _verify(path: Path, cell: str, cut: Kept, newest: Kept) -> int:
     """Replay the file; how many messages are as they should be. Raises `GenerationBroken`, and `Difference`."""
     recording = Recording.open(path)
     recording.verify()
@@ -173,14 +173,14 @@ def _verify(path: Path, cell: str, cut: _Kept, newest: _Kept) -> int:
     return readback.verified
 
 
-def _state(cell: str, kept: _Kept) -> Start:
+def _state(cell: str, kept: Kept) -> Start:
     try:
         return decode_stored(cell, kept.body, kept.manifest)
     except (ValueError, UnknownRules) as error:
         raise RotationRefused(f"the snapshot {kept.manifest.name} cannot be read by this release: {error}") from None
 
 
-def _before(cell: str, newest: _Kept, cut: _Kept) -> tuple[int, str]:
+def droppable_before(cell: str, newest: Kept, cut: Kept) -> tuple[int, str]:
     """Up to where the ledger may be dropped (not included), and which request holds it back from the cut."""
     before, why = cut.manifest.position, ""
     actor = _state(cell, newest).cell.actors.get("requests")
@@ -201,7 +201,7 @@ def _kept_path(folder: Path, cell: str, position: int) -> Path:
     return folder / f"{cell}-{position:012d}.lssnap"
 
 
-def _keep(folder: Path, cell: str, cut: _Kept) -> None:
+def _keep(folder: Path, cell: str, cut: Kept) -> None:
     """The state at the cut, for the next recording to begin with: the stream of snapshots keeps only the newest."""
     manifest = msgspec.json.encode(cut.manifest)
     data = len(manifest).to_bytes(4, "little") + manifest + cut.body
@@ -222,16 +222,16 @@ def _forget(folder: Path, cell: str, first: int) -> None:
             path.unlink(missing_ok=True)
 
 
-async def _begin(bus: Bus, subjects: Subjects, folder: Path, first: int) -> _Kept:
+async def _begin(bus: Bus, subjects: Subjects, folder: Path, first: int) -> Kept:
     """What the ledger, which begins at `first`, goes on from: the state kept at the last cut, or the oldest one."""
-    found: list[_Kept] = []
+    found: list[Kept] = []
     for path in sorted(folder.glob(f"{subjects.cell}-*.lssnap")):
         data = path.read_bytes()
         digest, body = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
         if hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest() != digest:
             continue
         at = 4 + int.from_bytes(body[:4], "little")
-        found.append(_Kept(msgspec.json.decode(body[4:at], type=Manifest), body[at:]))
+        found.append(Kept(msgspec.json.decode(body[4:at], type=Manifest), body[at:]))
     for kept in sorted(found, key=lambda one: one.manifest.position):
         if kept.manifest.position + 1 >= first and await agrees(bus.ledger, kept.manifest):
             return kept
@@ -241,4 +241,4 @@ async def _begin(bus: Bus, subjects: Subjects, folder: Path, first: int) -> _Kep
             f"the ledger of {subjects.cell!r} begins at {first}, and neither {folder} nor its snapshots have a state "
             "that it goes on from"
         )
-    return _Kept(*stored[-1])
+    return Kept(*stored[-1])

@@ -35,7 +35,7 @@ class Options:
     bf16. `removals`: how often the operator takes a model out. `several`: the share of requests that ask for several
     answers. `upgrade`: all controls begin as old programs and are replaced, the rules switched (chaos.upgrades).
     `snapshot_facts`: facts between two snapshots; `snapshot_trouble`: the chance that the writer of a piece dies, and
-    that the disk loses a part of it.
+    that the disk loses a part of it; `generations`: whether the ledger's beginning is dropped now and then.
     """
 
     seed: int
@@ -64,6 +64,7 @@ class Options:
     crash_before_answer: bool = True
     snapshot_facts: int = 50
     snapshot_trouble: float = 0.0
+    generations: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """For people and for JSON: the fault kinds that are on, with their odds."""
@@ -119,6 +120,7 @@ def draw(seed: int) -> Options:
         upgrade=Random(f"upgrade {seed}").random() < 0.4,
         snapshot_facts=random.choice((4, 15, 60)),
         snapshot_trouble=random.choice((0.0, 0.0, 0.1, 0.4)),
+        generations=random.random() < 0.4,
     )
 
 

@@ -17,11 +17,12 @@ import msgspec
 
 from actors.control import Control
 from actors.driver import DriverShell
+from actors.generations import RotationRefused, droppable_before, two_snapshots
 from actors.readback import Difference
 from actors.rules import KNOWN_RULES, UnknownRules
 from actors.store_driver import StoreDriver
 from actors.worker_driver import WorkerDriver
-from bus.contract import Record
+from bus.contract import BusError, Record
 from bus.memory import MemoryServer
 from bus.messages import FactEnvelope, RequestsConfigured, encode, kind_of
 from bus.subjects import Subjects
@@ -41,6 +42,8 @@ QUIET_SECONDS = 120.0
 STEADY_SECONDS = 3.0
 ACK_SECONDS = 2.0
 SAMPLE_SECONDS = 0.5
+KEPT_SECONDS = 0.0
+"""What a rotation of the ledger leaves there at the least, where it is a minute in life."""
 
 
 class Sample:
@@ -106,6 +109,8 @@ class World:
         self._build()
         await self._configure()
         helpers = [asyncio.ensure_future(self._sample()), asyncio.ensure_future(self._disturb())]
+        if self.options.generations:
+            helpers.append(asyncio.ensure_future(self._make_generations()))
         readers = self._open_applications()
         self.operator = Operator(
             seeded("operator", self.options.seed), self.options, self._connect("operator"), CELL, self.note
@@ -319,6 +324,25 @@ class World:
             else:
                 self.note(f"nothing of {process.name} arrives, nor anything at it, for {seconds:.2f} s")
                 process.bus.faults.stall(seconds)
+
+    async def _make_generations(self) -> None:
+        """Drop the ledger's beginning again and again, as `actors.generations` does once its recording is verified.
+
+        What is kept is so young that processes which are away miss something, and have to find that out.
+        """
+        bus = self._connect("rotation")
+        while True:
+            await asyncio.sleep(self._snapshot_random.uniform(0.5, 3.0))
+            try:
+                first = (await bus.ledger.usage()).first_sequence
+                newest, cut = await two_snapshots(bus, self.subjects, first, KEPT_SECONDS)
+                before, _ = droppable_before(CELL, newest, cut)
+                if before > first:
+                    self.note(f"the ledger before {before} is dropped")
+                    await bus.ledger.drop(before)
+            except (RotationRefused, BusError) as error:
+                if self._say is not None:
+                    self._say(self.now(), f"nothing is dropped: {error}")
 
     def _calm_down(self) -> None:
         self.note("the faults are over")

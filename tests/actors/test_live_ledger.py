@@ -8,46 +8,21 @@ import signal
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from test_live_failures import Reading, undisturbed
 
-from bus.snapshots import SnapshotStore
+from actors.stub_node import MODEL
+from bus.answer import RequestFailed
+from bus.contract import LogFull
+from bus.messages import CancelRequested, FactEnvelope, encode
 from bus.subjects import Subjects
 from tests.support.live_cell import CELL, LiveCell, live_cell
 
 pytestmark = pytest.mark.slow
 SUBJECTS = Subjects(CELL)
+OFTEN = ("--snapshot-facts", "10")
 STREAMS = ("INTAKE", "LEDGER", "SNAPSHOTS", "TOKENS")
-
-
-async def snapshot_behind(cell: LiveCell, position: int) -> int:
-    """Wait until a snapshot at or behind a ledger position is whole; its position."""
-    store = SnapshotStore(cell.bus.snapshots, SUBJECTS)
-    async with asyncio.timeout(20):
-        while True:
-            newest = next(iter(await store.manifests()), None)
-            if newest is not None and newest.position >= position:
-                return newest.position
-            await asyncio.sleep(0.05)
-
-
-async def test_a_killed_control_starts_from_its_snapshot_and_the_answer_goes_on(tmp_path: Path) -> None:
-    often = ("--snapshot-facts", "10")
-    async with live_cell(tmp_path, step_seconds=0.02, control=often) as cell:
-        expected = await undisturbed(cell.client, ["same"], 8)
-        running = Reading(cell.client, "long", 90)
-        await running.reach(5)
-        await undisturbed(cell.client, [f"fill {i}" for i in range(12)], 4)
-        await snapshot_behind(cell, 20)
-        cell.controls[0].signal(signal.SIGKILL)
-        await cell.controls[0].wait()
-        await cell.add_control(*often)
-        await running.task
-        assert running.end == "length" and len(running.tokens) == 90
-        assert await undisturbed(cell.client, ["same"], 8) == expected
-        assert "starting from a snapshot" in cell.controls[1].last_words(40)
-        again = await cell.client.result(running.answer.request_id)
-        assert list(again.tokens) == running.tokens
 
 
 async def command(*arguments: str) -> str:
@@ -62,7 +37,7 @@ async def command(*arguments: str) -> str:
 async def test_a_cell_comes_back_on_another_server_and_its_answers_go_on(tmp_path: Path) -> None:
     """Backed up while an answer is being written; what was answered is there, what was not is answered."""
     file = str(tmp_path / "cell.lsbak")
-    async with live_cell(tmp_path / "old", step_seconds=0.02, control=("--snapshot-facts", "10")) as cell:
+    async with live_cell(tmp_path / "old", step_seconds=0.02, control=OFTEN) as cell:
         done = Reading(cell.client, "done", 10)
         await done.task
         running = Reading(cell.client, "running", 300)
@@ -81,3 +56,51 @@ async def test_a_cell_comes_back_on_another_server_and_its_answers_go_on(tmp_pat
         assert len(tokens) == 300 and tokens[: len(running.tokens)] == running.tokens
         assert list((await cell.client.result(done.answer.request_id)).tokens) == done.tokens
         assert "verified:" in await command("replay", "--verify", *where)
+
+
+async def test_generations_and_limits_of_a_running_cell(tmp_path: Path) -> None:
+    """Full to the last byte, given room, recorded, shortened: the answer goes on, and a new control starts."""
+    async with live_cell(tmp_path, step_seconds=0.02, control=OFTEN, ledger_limit_bytes=150_000) as cell:
+        where = ("--nats", cell.server.url, "--cell", CELL)
+        early = Reading(cell.client, "early", 4)
+        await early.task
+        await undisturbed(cell.client, [f"before {i}" for i in range(8)], 2)
+        running = Reading(cell.client, "running", 250)
+        await running.reach(3)
+        await fill_up(cell)
+        assert "filled to 99 %" in await command("ledger", "status", *where)
+        with pytest.raises(RequestFailed) as refused:
+            await cell.client.infer(MODEL, prompt="no room", max_tokens=1).text()
+        assert refused.value.code == "ledger_full"
+        assert "may hold 5 MB" in await command("ledger", "limit", "5MB", *where)
+        await running.reach(100)
+        await command("ledger", "snapshot", *where)
+        await undisturbed(cell.client, ["between"], 2)
+        await command("ledger", "snapshot", *where)
+        made = json.loads(
+            await command("ledger", "rotate", "--to", str(tmp_path / "g"), "--keep", "0", "--json", *where)
+        )
+        first = (await cell.bus.ledger.usage()).first_sequence
+        assert made["dropped"] == first - 1 > 10 and made["held_back_by"] in ("", running.answer.request_id)
+        assert "verified:" in await command("replay", made["recording"], "--verify")
+        cell.controls[0].signal(signal.SIGKILL)
+        await cell.controls[0].wait()
+        await cell.add_control(*OFTEN)
+        await running.task
+        assert running.end == "length" and len(running.tokens) == 250
+        await cell.status()
+        assert "starting from a snapshot" in cell.controls[1].last_words(40)
+        for reading in (early, running):
+            assert list((await cell.client.result(reading.answer.request_id)).tokens) == reading.tokens
+        assert "from the snapshot at" in await command("replay", "--verify", *where)
+
+
+async def fill_up(cell: LiveCell) -> None:
+    """With facts that say nothing, until not a hundred bytes are left."""
+    fact = encode(FactEnvelope("test", msgspec.Raw(encode(CancelRequested("0" * 32)))))
+    size = 10_000
+    while size > 1:
+        try:
+            await cell.bus.ledger.append(SUBJECTS.fact("requests", "cancel.requested"), fact + b" " * size)
+        except LogFull:
+            size //= 2
