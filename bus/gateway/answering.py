@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 from bus.answer import Answer, RequestFailed
 from bus.gateway.cancelling import Canceller
 from bus.gateway.connected import ClientGone, Exchange, Exchanges, Stopping
-from bus.gateway.errors import HttpError, from_cell
+from bus.gateway.errors import HttpError, from_cell, stopping
 from bus.gateway.fields import Asked
 from bus.gateway.reading import ENDS_WELL, Piece, Reading
 from bus.gateway.shapes import ALIVE, DONE, Choice, Shape
@@ -50,8 +50,8 @@ class Completion:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises `HttpError` where nothing was said yet."""
-        reading = Reading(self._answers)
-        stream = _Stream(send, self._shape)
+        reading = Reading(self._answers, self._asked.choices)
+        stream = _Stream(send, self._shape, reading.choices)
         try:
             async with self._exchanges.connected(receive) as exchange, reading:
                 if self._asked.stream:
@@ -61,9 +61,7 @@ class Completion:
         except ClientGone:
             return
         except Stopping:
-            await self._fail(
-                stream, HttpError(503, "this gateway is stopping: ask again", code="stopping", retry_ms=1000)
-            )
+            await self._fail(stream, stopping())
         except RequestFailed as failure:
             await self._fail(stream, from_cell(failure, self._asked.names))
         finally:
@@ -91,10 +89,10 @@ class Completion:
                 await stream.write(payload, last=last)
 
     async def _whole(self, reading: Reading, send: Send, exchange: Exchange) -> None:
-        choices = [Choice(index) for index in range(len(self._answers))]
+        choices = [Choice(index) for index in range(reading.choices)]
         while not reading.ended:
             for index, chunk in await reading.batch(self._silence_seconds):
-                choices[index].texts.append(chunk.text)
+                choices[index].chunks.append(chunk)
                 choices[index].reason = chunk.end
         body = self._shape.whole(choices, reading.usage)
         exchange.finished = True
@@ -106,25 +104,26 @@ class Completion:
 class _Stream:
     """Events on their way to one client. Nothing is sent before the first `write`."""
 
-    def __init__(self, send: Send, shape: Shape) -> None:
+    def __init__(self, send: Send, shape: Shape, choices: int) -> None:
         self._send = send
         self._shape = shape
-        self._opened: dict[int, None] = {}
+        self._choices = [Choice(index) for index in range(choices)]
         self.begun = False
 
     def events(self, piece: Piece) -> bytes:
-        index, chunk = piece
+        choice, chunk = self._choices[piece.choice], piece.chunk
+        shown = chunk.text or chunk.logprobs
         ends_well = chunk.end in ENDS_WELL
-        if not chunk.text and not ends_well:
+        if not shown and not ends_well:
             return b""  # what failed before it began gets a status of its own
         parts = []
-        if index not in self._opened:
-            self._opened[index] = None
-            parts.append(self._shape.opening(index))
-        if chunk.text:
-            parts.append(self._shape.piece(index, chunk.text))
+        if not choice.opened:
+            choice.opened = True
+            parts.append(self._shape.opening(choice))
+        if shown:
+            parts.append(self._shape.piece(choice, chunk))
         if ends_well:
-            parts.append(self._shape.ending(index, chunk.end))
+            parts.append(self._shape.ending(choice, chunk.end))
         return b"".join(parts)
 
     async def write(self, payload: bytes, *, last: bool) -> None:

@@ -23,7 +23,10 @@ _NO_TOOLS = "the model is not asked to call tools"
 _TEXT_ONLY = "answers are text"
 
 VOCABULARY = Vocabulary(
-    own=frozenset({"model", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options"}),
+    own=frozenset(
+        {"model", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options"}
+        | {"logprobs", "top_logprobs"}
+    ),
     taken=SAMPLING,
     refused={
         "tools": Refused(_NO_TOOLS, ([],)),
@@ -61,11 +64,12 @@ def parse_chat(body: dict[str, Any]) -> Asked:
     model = model_of(own)
     if "messages" not in own:
         raise bad_field("messages", "messages is missing: send a list of {role, content}")
-    names = VOCABULARY.back() | {"messages": "messages"}
-    fields |= _limit(own, names)
+    names = VOCABULARY.back() | {"messages": "messages", "logprobs": "top_logprobs"}
+    fields |= _limit(own, names) | _logprobs(own)
     unsigned_seed(fields)
     stream = flag(own, "stream")
-    asked = Asked(model, [{"messages": _messages(own["messages"])}], fields, stream, include_usage(own, stream), names)
+    inputs = [{"messages": _messages(own["messages"])}]
+    asked = Asked(model, inputs, fields, stream, include_usage(own, stream), "logprobs" in fields, names)
     check(asked)
     return asked
 
@@ -77,6 +81,14 @@ def _limit(own: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
         raise bad_field("max_tokens", "max_tokens and max_completion_tokens differ: give one of them")
     names["max_tokens"] = given[0] if given else "max_completion_tokens"
     return {"max_tokens": own[given[0]]} if given else {}
+
+
+def _logprobs(own: dict[str, Any]) -> dict[str, Any]:
+    """`logprobs` asks for them, `top_logprobs` for so many alternatives beside."""
+    wanted = flag(own, "logprobs")
+    if "top_logprobs" in own and not wanted:
+        raise bad_field("top_logprobs", "top_logprobs may be given with logprobs true only")
+    return {"logprobs": own.get("top_logprobs", 0)} if wanted else {}
 
 
 def _messages(value: Any) -> list[dict[str, str]]:

@@ -39,7 +39,7 @@ def gateway(
     ] = 30.0,
     log_json: LogJsonOption = False,
 ) -> None:
-    """Serve OpenAI's API over HTTP: chat completions, completions, models, health.
+    """Serve OpenAI's API over HTTP: chat completions, completions, embeddings, models, health.
 
     It is a client of the cell and holds nothing that matters: run as many as you like.
 

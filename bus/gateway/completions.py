@@ -25,7 +25,7 @@ PROMPTS_LIMIT = 64
 
 VOCABULARY = Vocabulary(
     own=frozenset({"model", "prompt", "stream", "stream_options", "best_of"}),
-    taken=SAMPLING | {"max_tokens": "max_tokens"},
+    taken=SAMPLING | {"max_tokens": "max_tokens", "logprobs": "logprobs"},
     refused={
         "suffix": Refused("models here do not fill in"),
         "echo": Refused("the prompt is not repeated in the answer", (False,)),
@@ -42,12 +42,13 @@ def parse_completion(body: dict[str, Any]) -> Asked:
     names = VOCABULARY.back() | {"prompt": "prompt", "tokens": "prompt"}
     fields.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
     unsigned_seed(fields)
-    if own.get("best_of", 1) != 1:
+    if own.get("best_of", fields.get("n", 1)) != fields.get("n", 1):
         raise bad_field(
             "best_of", "best_of is not supported: ask for several answers with n", code="unsupported_parameter"
         )
     stream = flag(own, "stream")
-    asked = Asked(model, _prompts(own["prompt"]), fields, stream, include_usage(own, stream), names)
+    inputs = _prompts(own["prompt"])
+    asked = Asked(model, inputs, fields, stream, include_usage(own, stream), "logprobs" in fields, names)
     check(asked)
     return asked
 

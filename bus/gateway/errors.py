@@ -96,6 +96,11 @@ def bad_field(param: str, message: str, *, code: str = "bad_request") -> HttpErr
     return HttpError(400, message, code=code, param=param)
 
 
+def stopping() -> HttpError:
+    """The answer of a gateway that ends."""
+    return HttpError(503, "this gateway is stopping: ask again", kind=SERVER, code="stopping", retry_ms=1000)
+
+
 def from_cell(failure: RequestFailed, names: Mapping[str, str] | None = None) -> HttpError:
     """What the cell or the library said of a request, with the field renamed as the client wrote it.
 

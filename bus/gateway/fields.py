@@ -14,6 +14,7 @@ import msgspec
 
 from bus.answer import RequestFailed
 from bus.api import Refusal, parse_infer
+from bus.client import PARTS_FROM_BYTES
 from bus.gateway.errors import HttpError, bad_field, from_cell
 from bus.replies import shown
 from bus.subjects import MODEL_NAME_LIMIT
@@ -24,6 +25,14 @@ SAMPLING = {
     "top_k": "top_k",
     "seed": "seed",
     "stop": "stop",
+    "stop_token_ids": "stop_tokens",
+    "min_tokens": "min_tokens",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "repetition_penalty": "repetition_penalty",
+    "logit_bias": "logit_bias",
+    "n": "n",
+    "priority": "priority",
     "deadline_ms": "deadline_ms",
 }
 """Fields of both forms of completion, and how the contract names them."""
@@ -74,7 +83,7 @@ class Vocabulary:
 class Asked:
     """One body in the words of the contract: `inputs` are as many requests, each with all of `fields`.
 
-    `names` tells how the body names the contract's fields, for sentences.
+    `logprobs`: an answer shows them. `names` tells how the body names the contract's fields, for sentences.
     """
 
     model: str
@@ -82,7 +91,14 @@ class Asked:
     fields: dict[str, Any]
     stream: bool = False
     include_usage: bool = False
+    logprobs: bool = False
     names: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def choices(self) -> int:
+        """How many answers each of the requests has."""
+        n = self.fields.get("n", 1)
+        return n if isinstance(n, int) else 1
 
 
 def decode_object(payload: bytes) -> dict[str, Any]:
@@ -176,8 +192,9 @@ def check(asked: Asked) -> None:
     """Check every request as the cell will, so that a refusal names the field. Raises `HttpError`."""
     for one in asked.inputs:
         try:
-            body = msgspec.json.encode(asked.fields | one)
-            parse_infer(body, None, asked.model)
+            # What is large goes to the cell in parts, and its size is no reason to refuse it.
+            small = len(msgspec.json.encode(one)) <= PARTS_FROM_BYTES
+            parse_infer(msgspec.json.encode(asked.fields | (one if small else {"prompt": "x"})), None, asked.model)
         except Refusal as refusal:
             raise from_cell(RequestFailed(refusal.name, refusal.message), asked.names) from None
         except (UnicodeEncodeError, OverflowError):

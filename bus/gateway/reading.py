@@ -19,24 +19,32 @@ WAITING_LIMIT = 64
 
 
 class Piece(NamedTuple):
-    """What came for one choice."""
+    """What came for one choice. Choices count over all requests: those of the first, then those of the second."""
 
     choice: int
     chunk: Chunk
 
 
 class Reading:
-    """One answer, or several. Use it as an asynchronous context manager: it stops reading then."""
+    """The answers of one or several requests, `each` of every one of them.
 
-    def __init__(self, answers: Sequence[Answer]) -> None:
+    Use it as an asynchronous context manager: it stops reading then.
+    """
+
+    def __init__(self, answers: Sequence[Answer], each: int = 1) -> None:
         self._answers = answers
+        self._each = each
+        self._left = [each] * len(answers)
         self._over: dict[int, None] = {}
-        self._usage: dict[int, TokenCounts] = {}
         self._waiting: deque[Piece] = deque()
         self._came = asyncio.Event()
         self._room = asyncio.Event()
         self._failure: Exception | None = None
         self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def choices(self) -> int:
+        return len(self._answers) * self._each
 
     @property
     def ended(self) -> bool:
@@ -50,11 +58,9 @@ class Reading:
 
     @property
     def usage(self) -> TokenCounts:
-        """Tokens of all prompts and all answers."""
-        return TokenCounts(
-            sum(one.prompt_tokens for one in self._usage.values()),
-            sum(one.completion_tokens for one in self._usage.values()),
-        )
+        """Tokens of all prompts and all answers, once they have ended."""
+        counts = [answer.usage for answer in self._answers if answer.usage is not None]
+        return TokenCounts(sum(one.prompt_tokens for one in counts), sum(one.completion_tokens for one in counts))
 
     async def batch(self, wait: float) -> list[Piece]:
         """All that has come, at least one piece; none where nothing comes for `wait` seconds.
@@ -63,22 +69,20 @@ class Reading:
         """
         if self._failure is not None and not self._waiting:
             raise self._failure
-        if len(self._answers) == 1:
-            pieces = await self._alone(wait)
-        else:
-            pieces = await self._gathered(wait)
-        for index, chunk in pieces:
+        pieces = await (self._alone(wait) if len(self._answers) == 1 else self._gathered(wait))
+        for choice, chunk in pieces:
             if chunk.end:
-                self._over[index] = None
+                index = choice // self._each
+                self._left[index] -= 1
+                if not self._left[index]:
+                    self._over[index] = None
                 if chunk.end not in ENDS_WELL:
-                    self._failure = _failure(chunk, self._answers[index].request_id)
-                if chunk.usage is not None:
-                    self._usage[index] = chunk.usage
+                    self._failure = self._failure or _failure(chunk, self._answers[index].request_id)
         return pieces
 
     async def _alone(self, wait: float) -> list[Piece]:
         try:
-            return [Piece(0, chunk) for chunk in await self._answers[0].batch(wait)]
+            return [Piece(chunk.choice, chunk) for chunk in await self._answers[0].batch(wait)]
         except RequestFailed as failure:
             self._note(0, failure)
             raise
@@ -104,7 +108,7 @@ class Reading:
     async def _gather(self, index: int, answer: Answer) -> None:
         try:
             async for chunk in answer:
-                self._waiting.append(Piece(index, chunk))
+                self._waiting.append(Piece(index * self._each + chunk.choice, chunk))
                 self._came.set()
                 while len(self._waiting) >= WAITING_LIMIT:
                     self._room.clear()

@@ -22,13 +22,13 @@ from bus.gateway.cards import Cards, model_object
 from bus.gateway.chat import parse_chat
 from bus.gateway.completions import parse_completion
 from bus.gateway.connected import Exchanges
+from bus.gateway.embedding import EmbeddingCall, parse_embedding
 from bus.gateway.errors import HttpError, bad_field
 from bus.gateway.fields import Asked, decode_object
 from bus.gateway.guard import Guard
 from bus.gateway.readiness import Readiness
 from bus.gateway.settings import GatewaySettings
 from bus.gateway.shapes import ChatShape, CompletionShape
-from bus.messages.requests import request_id
 
 KEY_LIMIT = NAME_LIMIT - 10
 """Characters of an idempotency key; the rest is for the number of the prompt."""
@@ -42,6 +42,8 @@ class Gateway:
         self.settings = settings
         self.exchanges = Exchanges()
         self.client = Client(bus, settings.cell)
+        self._bus = bus
+        self._clients: dict[str, Client] = {}
         self.canceller = Canceller(self.client)
         self.readiness = Readiness(bus, self.client)
         self.cards = Cards(self.client)
@@ -50,6 +52,7 @@ class Gateway:
             [
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/completions", self._completion, methods=["POST"]),
+                Route("/v1/embeddings", self._embedding, methods=["POST"]),
                 Route("/v1/models", self._models, methods=["GET"]),
                 Route("/v1/models/{model:path}", self._model, methods=["GET"]),
                 Route("/health", self._health, methods=["GET"]),
@@ -75,23 +78,49 @@ class Gateway:
 
     def _ask(self, request: Request, asked: Asked, shape: type[ChatShape] | type[CompletionShape]) -> Completion:
         key = _key(request)
-        client = request.state.client
+        client = self._client_of(request)
         first = key or secrets.token_hex(16)
         answers = [
-            self.client.infer(asked.model, key=f"{first}/{i}" if i else first, client=client, **(asked.fields | one))
+            client.infer(asked.model, key=_numbered(first, i), **(asked.fields | one))
             for i, one in enumerate(asked.inputs)
         ]
-        name = request_id(client, first)
-        request.state.request_id = name
+        name = request.state.request_id = answers[0].request_id
         return Completion(
             asked,
             answers,
-            shape(name, asked.model, with_usage=asked.include_usage),
+            shape(name, asked.model, with_usage=asked.include_usage, logprobs=asked.logprobs),
             self.exchanges,
             self.canceller,
             silence_seconds=self.settings.silence_seconds,
             lasting=bool(key),
         )
+
+    async def _embedding(self, request: Request) -> ASGIApp:
+        async with self._bodies.read(request) as payload:
+            asked = parse_embedding(decode_object(payload))
+            key = _key(request)
+            client = self._client_of(request)
+            first = key or secrets.token_hex(16)
+            answers = [
+                client.embedding(asked.model, part, key=_numbered(first, i), deadline_ms=asked.deadline_ms)
+                for i, part in enumerate(asked.inputs)
+            ]
+            request.state.request_id = answers[0].request_id
+            return EmbeddingCall(
+                asked,
+                answers,
+                self.exchanges,
+                self.canceller,
+                silence_seconds=self.settings.silence_seconds,
+                lasting=bool(key),
+            )
+
+    def _client_of(self, request: Request) -> Client:
+        """The library under the name of whoever asks: idempotency keys are unique within it."""
+        name = request.state.client
+        if name not in self._clients:
+            self._clients[name] = Client(self._bus, self.settings.cell, name=name)
+        return self._clients[name]
 
     # models
     async def _models(self, request: Request) -> Response:
@@ -123,6 +152,11 @@ def _key(request: Request) -> str:
     if key and (len(key) > KEY_LIMIT or not _PLAIN_KEY.match(key)):
         raise bad_field("Idempotency-Key", f"Idempotency-Key must have at most {KEY_LIMIT} printable ASCII characters")
     return key
+
+
+def _numbered(key: str, number: int) -> str:
+    """The key of one of several requests that answer one body."""
+    return f"{key}/{number}" if number else key
 
 
 def _json(body: Any, *, status: int = 200) -> Response:

@@ -26,7 +26,7 @@ class GatewaySettings:
     keys: ApiKeys = field(default_factory=ApiKeys)
     requests: int = 4096
     connections: int = 16384
-    body_limit_bytes: int = 2 * MIB
+    body_limit_bytes: int = 12 * MIB
     bodies_limit_bytes: int = 256 * MIB
     head_limit_bytes: int = 32 * 1024
     head_seconds: float = 10.0

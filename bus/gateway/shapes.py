@@ -7,39 +7,43 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
 
-from bus.replies import TokenCounts
+from bus.gateway.logprobs import ChatLogprobs, LegacyLogprobs
+from bus.replies import Chunk, TokenCounts
 
 DONE = b"data: [DONE]\n\n"
 ALIVE = b": the answer goes on\n\n"
 _encode = msgspec.json.Encoder().encode
 
 
-@dataclass(slots=True)
 class Choice:
-    """One answer as far as it has come. `reason` is empty while it goes on."""
+    """One answer as far as it has come. `reason` is empty while it goes on; `offset` counts characters so far."""
 
-    index: int
-    texts: list[str] = field(default_factory=list)
-    reason: str = ""
+    __slots__ = ("chunks", "index", "offset", "opened", "reason")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.offset = 0
+        self.opened = False
+        self.reason = ""
+        self.chunks: list[Chunk] = []
 
 
 class Shape(Protocol):
     """One form of completion."""
 
-    def opening(self, index: int) -> bytes:
+    def opening(self, choice: Choice) -> bytes:
         """The event that begins a choice; empty where the form has none."""
         ...
 
-    def piece(self, index: int, text: str) -> bytes:
+    def piece(self, choice: Choice, chunk: Chunk) -> bytes:
         """The event of more text."""
         ...
 
-    def ending(self, index: int, reason: str) -> bytes:
+    def ending(self, choice: Choice, reason: str) -> bytes:
         """The event that ends a choice."""
         ...
 
@@ -81,24 +85,30 @@ class _Events:
 class ChatShape:
     """`chat.completion` and `chat.completion.chunk`."""
 
-    def __init__(self, request: str, model: str, *, with_usage: bool = False) -> None:
+    def __init__(self, request: str, model: str, *, with_usage: bool = False, logprobs: bool = False) -> None:
         self._events = _Events(
             "chatcmpl", "chat.completion", "chat.completion.chunk", request, model, with_usage=with_usage
         )
+        self._logprobs = logprobs
 
-    def opening(self, index: int) -> bytes:
+    def opening(self, choice: Choice) -> bytes:
         return self._events.event(
-            b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}' % index
+            b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
+            % choice.index
         )
 
-    def piece(self, index: int, text: str) -> bytes:
+    def piece(self, choice: Choice, chunk: Chunk) -> bytes:
         return self._events.event(
-            b'{"index":%d,"delta":{"content":' % index, _encode(text), b'},"logprobs":null,"finish_reason":null}'
+            b'{"index":%d,"delta":{"content":' % choice.index,
+            _encode(chunk.text),
+            b'},"logprobs":',
+            _encode(ChatLogprobs.of([chunk])) if self._logprobs else b"null",
+            b',"finish_reason":null}',
         )
 
-    def ending(self, index: int, reason: str) -> bytes:
+    def ending(self, choice: Choice, reason: str) -> bytes:
         return self._events.event(
-            b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":' % index, _encode(reason), b"}"
+            b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":' % choice.index, _encode(reason), b"}"
         )
 
     def usage(self, counts: TokenCounts) -> bytes:
@@ -109,8 +119,8 @@ class ChatShape:
             [
                 {
                     "index": choice.index,
-                    "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
-                    "logprobs": None,
+                    "message": {"role": "assistant", "content": _text(choice), "refusal": None},
+                    "logprobs": ChatLogprobs.of(choice.chunks) if self._logprobs else None,
                     "finish_reason": choice.reason,
                 }
                 for choice in choices
@@ -122,20 +132,26 @@ class ChatShape:
 class CompletionShape:
     """`text_completion`, whole and in events."""
 
-    def __init__(self, request: str, model: str, *, with_usage: bool = False) -> None:
+    def __init__(self, request: str, model: str, *, with_usage: bool = False, logprobs: bool = False) -> None:
         self._events = _Events("cmpl", "text_completion", "text_completion", request, model, with_usage=with_usage)
+        self._logprobs = logprobs
 
-    def opening(self, index: int) -> bytes:
+    def opening(self, choice: Choice) -> bytes:
         return b""
 
-    def piece(self, index: int, text: str) -> bytes:
+    def piece(self, choice: Choice, chunk: Chunk) -> bytes:
+        offset, choice.offset = choice.offset, choice.offset + len(chunk.text)
         return self._events.event(
-            b'{"index":%d,"text":' % index, _encode(text), b',"logprobs":null,"finish_reason":null}'
+            b'{"index":%d,"text":' % choice.index,
+            _encode(chunk.text),
+            b',"logprobs":',
+            _encode(LegacyLogprobs.of([chunk], offset)) if self._logprobs else b"null",
+            b',"finish_reason":null}',
         )
 
-    def ending(self, index: int, reason: str) -> bytes:
+    def ending(self, choice: Choice, reason: str) -> bytes:
         return self._events.event(
-            b'{"index":%d,"text":"","logprobs":null,"finish_reason":' % index, _encode(reason), b"}"
+            b'{"index":%d,"text":"","logprobs":null,"finish_reason":' % choice.index, _encode(reason), b"}"
         )
 
     def usage(self, counts: TokenCounts) -> bytes:
@@ -146,11 +162,15 @@ class CompletionShape:
             [
                 {
                     "index": choice.index,
-                    "text": "".join(choice.texts),
-                    "logprobs": None,
+                    "text": _text(choice),
+                    "logprobs": LegacyLogprobs.of(choice.chunks) if self._logprobs else None,
                     "finish_reason": choice.reason,
                 }
                 for choice in choices
             ],
             counts,
         )
+
+
+def _text(choice: Choice) -> str:
+    return "".join(chunk.text for chunk in choice.chunks)

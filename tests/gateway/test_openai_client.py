@@ -56,12 +56,15 @@ async def world(folder: Path, *gateway: str, **options: Any) -> AsyncIterator[Wo
 
 async def test_openai_client_on_one_cell(tmp_path: Path) -> None:
     """One cell for all of it: starting one costs more than what is asked of it."""
-    async with world(tmp_path, step_seconds=0.005, slots=4, control=("--queue-limit", "1")) as one:
+    async with world(tmp_path, step_seconds=0.005, slots=4, control=("--queue-limit", "4")) as one:
         for check in (
             models,
             chat_whole_and_streamed,
             completions_of_one_and_of_several_prompts,
             texts_in_parts_and_roles,
+            several_answers,
+            log_probabilities,
+            embeddings,
             one_key_one_answer,
             api_keys,
             errors_in_shape,
@@ -127,6 +130,65 @@ async def texts_in_parts_and_roles(world: World) -> None:
     first = await ask(model=MODEL, messages=parts, max_tokens=3, seed=1, user="u", metadata={"a": "b"}, store=False)
     second = await ask(model=MODEL, messages=plain, max_completion_tokens=3, seed=1, extra_body={"top_k": 0})
     assert first.choices == second.choices and first.usage == second.usage
+
+
+async def several_answers(world: World) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "messages": CHAT, "max_tokens": 4, "n": 3, "seed": 1, "temperature": 1}
+    whole = await world.shop.chat.completions.create(**asked)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    texts = [choice.message.content for choice in whole.choices]
+    assert len(set(texts)) == 3
+    assert whole.usage is not None and whole.usage.completion_tokens == 12
+    streamed, ends = ["", "", ""], []
+    async for event in await world.shop.chat.completions.create(**asked, stream=True):
+        for choice in event.choices:
+            streamed[choice.index] += choice.delta.content or ""
+            ends += [choice.index] if choice.finish_reason else []
+    assert streamed == texts and sorted(ends) == [0, 1, 2]
+    both = await world.shop.completions.create(model=MODEL, prompt=["a", "b"], n=2, max_tokens=2, seed=1)
+    assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
+    assert both.usage is not None and (both.usage.prompt_tokens, both.usage.completion_tokens) == (2, 8)
+
+
+async def log_probabilities(world: World) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "messages": CHAT, "max_tokens": 4, "seed": 1}
+    chat = world.shop.chat.completions.create
+    whole = await chat(**asked, logprobs=True, top_logprobs=2)
+    assert whole.choices[0].logprobs is not None and whole.choices[0].logprobs.content is not None
+    entries = whole.choices[0].logprobs.content
+    assert "".join(entry.token for entry in entries) == whole.choices[0].message.content and len(entries) == 4
+    assert all(len(entry.top_logprobs) == 2 and entry.logprob <= 0 for entry in entries)
+    assert bytes(entries[0].bytes or []).decode() == entries[0].token
+    streamed = []
+    async for event in await chat(**asked, logprobs=True, top_logprobs=2, stream=True):
+        if event.choices[0].logprobs is not None:
+            streamed += event.choices[0].logprobs.content or []
+    assert streamed == entries
+    with pytest.raises(openai.BadRequestError) as refused:
+        await chat(**asked, logprobs=True, top_logprobs=21)
+    assert refused.value.param == "top_logprobs" and refused.value.message.count("top_logprobs must be")
+    old = await world.shop.completions.create(model=MODEL, prompt="x", max_tokens=3, logprobs=1, seed=1)
+    found = old.choices[0].logprobs
+    assert found is not None and found.tokens is not None and found.text_offset is not None
+    assert "".join(found.tokens) == old.choices[0].text and found.text_offset[1] == len(found.tokens[0])
+    assert found.top_logprobs is not None and len(found.top_logprobs) == 3
+
+
+async def embeddings(world: World) -> None:
+    create = world.shop.embeddings.create
+    several = await create(model=MODEL, input=["a", "b", "a"], encoding_format="float")
+    assert [one.index for one in several.data] == [0, 1, 2] and several.usage.prompt_tokens == 3
+    assert several.data[0].embedding == several.data[2].embedding != several.data[1].embedding
+    coded = await create(model=MODEL, input=[ord("a")])  # OpenAI's client asks for base64 by itself
+    assert coded.data[0].embedding == pytest.approx(several.data[0].embedding)
+    many = await create(model=MODEL, input=[f"text {number % 300}" for number in range(600)])
+    assert len(many.data) == 600 and many.data[0].embedding == many.data[300].embedding != many.data[1].embedding
+    for change, param in (({"input": []}, "input"), ({"dimensions": 5}, "dimensions"), ({"input": ["a", 1]}, "input")):
+        with pytest.raises(openai.BadRequestError) as refused:
+            await create(**({"model": MODEL, "input": "a"} | change))
+        assert refused.value.param == param
+    with pytest.raises(openai.NotFoundError):
+        await create(model="nobody", input="a")
 
 
 async def one_key_one_answer(world: World) -> None:
@@ -195,7 +257,7 @@ async def errors_in_shape(world: World) -> None:
         ("POST", "/v1/completions", b"{}", "text/plain", 415),
         ("POST", "/v1/completions", b"{", "application/json", 400),
         ("POST", "/v1/completions", b"[" * 100_000, "application/json", 400),
-        ("POST", "/v1/completions", b" " * (3 << 20), "application/json", 413),
+        ("POST", "/v1/completions", b" " * (13 << 20), "application/json", 413),
     ):
         response = await http.request(
             method, world.url + path, content=body, headers=headers | {"content-type": content_type}
@@ -310,14 +372,14 @@ async def test_a_real_model(tmp_path: Path) -> None:
 
 def test_shapes_are_json_lines() -> None:
     """Events are put together from bytes: whatever the text, each is one line of JSON."""
-    from bus.gateway.shapes import ChatShape, CompletionShape
-    from bus.replies import TokenCounts
+    from bus.gateway.shapes import ChatShape, Choice, CompletionShape
+    from bus.replies import Chunk, TokenCounts
 
     for shape in (ChatShape("r", 'm"\n', with_usage=True), CompletionShape("r", 'm"\n')):
         for event in (
-            shape.opening(1),
-            shape.piece(2, 'a"\n\u2028\x00'),
-            shape.ending(3, "stop"),
+            shape.opening(Choice(1)),
+            shape.piece(Choice(2), Chunk("r", 0, (1,), 'a"\n\u2028\x00')),
+            shape.ending(Choice(3), "stop"),
             shape.usage(TokenCounts(1, 2)),
         ):
             if event:
