@@ -17,9 +17,9 @@ from bus.options import DEFAULT_CELL, DEFAULT_NATS, CellOption, Failure, JsonOpt
 
 if TYPE_CHECKING:
     from bus.answer import Answer
+    from bus.ask_output import AskOutput
     from bus.client import Client
     from bus.contract import Bus, Record
-    from bus.replies import Chunk
     from bus.sentences import Event
     from bus.subjects import Subjects
 
@@ -228,6 +228,7 @@ async def ask(
         int | None,
         typer.Option("--logprobs", help="Show each token's log-probability and so many alternatives."),
     ] = None,
+    n: Annotated[int | None, typer.Option("--n", metavar="COUNT", help="So many answers (1-16).")] = None,
     priority: Annotated[int | None, typer.Option("--priority", help="-100 to 100; larger goes first.")] = None,
     key: Annotated[
         str | None, typer.Option("--key", help="Idempotency key: the same one attaches to its answer.")
@@ -241,6 +242,7 @@ async def ask(
     Example: longshore ask llama-a "Once upon a time" --max-tokens 64 --temperature 0.8
     """
     from bus.answer import Patience, RequestFailed
+    from bus.ask_output import AskOutput
     from bus.client import Client
 
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -251,13 +253,13 @@ async def ask(
     given |= {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     given |= {"min_tokens": min_tokens, "stop_tokens": stop_token or None, "priority": priority}
     given |= {"repetition_penalty": repetition_penalty, "logit_bias": _biases(logit_bias)}
-    given |= {"logprobs": logprobs}
+    given |= {"logprobs": logprobs, "n": n}
     given |= {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
     async with connected(nats, cell) as bus:
         client = Client(bus, cell, patience=Patience(nobody=2.0))
         try:
             answer = client.infer(model, **given, stop=stop or None, key=key)
-            await _print_answer(client, answer, as_json)
+            await _print_answer(client, answer, AskOutput(as_json=as_json, several=bool(n and n > 1)))
         except RequestFailed as failure:
             raise _told(failure, as_json) from None
 
@@ -274,38 +276,18 @@ def _biases(options: list[str] | None) -> dict[str, float] | None:
     return biases or None
 
 
-async def _print_answer(client: Client, answer: Answer, as_json: bool) -> None:
-    import msgspec
-
-    shown = False
+async def _print_answer(client: Client, answer: Answer, output: AskOutput) -> None:
     try:
         async for chunk in answer:
-            if as_json:
-                sys.stdout.write(msgspec.json.encode(chunk).decode() + "\n")
-            elif chunk.logprobs:
-                sys.stdout.write(_logprob_lines(chunk))
-            else:
-                sys.stdout.write(chunk.text)
-            shown = True
-            sys.stdout.flush()
+            output.show(chunk)
     except asyncio.CancelledError:
         await _cancel(client, answer)
         raise typer.Exit(INTERRUPTED) from None
     finally:
-        if shown and not as_json:
-            print(flush=True)
+        output.close()
     if answer.end in ("cancelled", "deadline"):
         how = "was cancelled" if answer.end == "cancelled" else "went past its deadline"
         raise Failure(f"request {answer.request_id} {how} after {answer.position} tokens")
-
-
-def _logprob_lines(chunk: Chunk) -> str:
-    """One line for each token: its log-probability, its text, and the alternatives with theirs."""
-    lines = []
-    for text, one in zip(chunk.texts or (chunk.text,), chunk.logprobs, strict=False):
-        others = "  ".join(f"{other.text!r} {other.logprob:.3f}" for other in one.alternatives)
-        lines.append(f"{one.logprob:9.3f}  {text!r:16} {others}".rstrip() + "\n")
-    return "".join(lines)
 
 
 async def _cancel(client: Client, answer: Answer) -> None:

@@ -44,7 +44,9 @@ async def run(runtime: LocalRuntime, engine: Engine, start: SequenceStart) -> tu
 async def test_texts_of_earlier_tokens_are_what_was_shown(models: Path) -> None:
     """A reader that joins after a hand-over sees the same pieces as one that was there from the beginning."""
     runtime, engine = await attached(models)
-    encoded = await runtime.encode("tiny", Generation(60, prompt="The ship", temperature=0.9, seed=5, stop=("zzz",)))
+    more = {"min_tokens": 3, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "stop_tokens": (7,)}
+    generation = Generation(60, prompt="The ship", temperature=0.9, seed=5, stop=("zzz",), **more)
+    encoded = await runtime.encode("tiny", generation)
     start = SequenceStart("a", encoded.prompt, (), encoded.sampling)
     tokens, texts = await run(runtime, engine, start)
     assert len(set(tokens)) > 10

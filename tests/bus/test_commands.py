@@ -20,10 +20,13 @@ import pytest
 from fake_cell import FakeCell
 
 from bus import messages as m
+from bus.ask_output import AskOutput
 from bus.jetstream import JetStreamBus
+from bus.logprobs import Alternative, TokenLogprobs
 from bus.main import GROUP, main
 from bus.pages import Page, encode_page
 from bus.recording import Recording
+from bus.replies import chunk_of
 from bus.server import EmbeddedServer
 from bus.subjects import Subjects
 
@@ -183,6 +186,36 @@ def test_ask_prints_the_answer(nats_server: EmbeddedServer, capsys: pytest.Captu
         assert run("ask", "llama-a", "hello", "--json", *options) == 0
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [line["position"] for line in lines] == list(range(20)) and lines[-1]["end"] == "stop"
+
+
+def test_ask_sends_the_fields_of_sampling(nats_server: EmbeddedServer, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--nats", nats_server.url, "--cell", "sampled"]
+    given = ["--stop-token", "5", "--min-tokens", "2", "--logit-bias", "7=-100", "--logprobs", "1", "--priority=-3"]
+    penalties = ["--repetition-penalty", "1.5", "--presence-penalty", "0.5", "--frequency-penalty", "0.25"]
+    with fake_cell(nats_server.url, "sampled") as fake:
+        assert run("ask", "llama-a", "hello", *given, *penalties, *options) == 0
+        body = {key: value for key, value in fake.asked[0][1].items() if key not in ("client", "key", "from", "prompt")}
+        assert body == {
+            "stop_tokens": [5], "min_tokens": 2, "logit_bias": {"7": -100.0}, "logprobs": 1, "priority": -3,
+            "repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.25,
+        }  # fmt: skip
+        assert run("ask", "llama-a", "hello", "--logit-bias", "7:1", *options) == 2
+        assert "--logit-bias must be ID=NUMBER, such as 42=-100, got 7:1" in capsys.readouterr().err
+
+
+def test_ask_shows_several_answers_one_by_one_and_tokens_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    output = AskOutput(as_json=False, several=True)
+    for choice, text, end in ((1, "one ", ""), (0, "two", ""), (1, "more", "stop"), (2, "lost", "")):
+        output.show(chunk_of("r", 0, [1], [text], end=end, choice=choice, n=3 if end else 1))  # type: ignore[arg-type]
+    output.close()
+    assert capsys.readouterr().out == (
+        "--- answer 2 of 3 (stop)\none more\n--- answer 1 (broken off)\ntwo\n--- answer 3 (broken off)\nlost\n"
+    )
+    output = AskOutput(as_json=False, several=False)
+    logprobs = [TokenLogprobs(-0.5, (Alternative(4, -0.25, " b"),))]
+    output.show(chunk_of("r", 0, [1], [" a"], logprobs=logprobs))
+    output.close()
+    assert capsys.readouterr().out == "   -0.500  ' a'             ' b' -0.250\n"
 
 
 def test_ask_tells_refusals(nats_server: EmbeddedServer, capsys: pytest.CaptureFixture[str]) -> None:
