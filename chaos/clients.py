@@ -119,7 +119,7 @@ def draw_plans(random: Random, options: Options) -> list[Plan]:
 
 def _other_kind(random: Random, plan: Plan) -> Plan:
     """Some want vectors instead of an answer, some send their prompt in parts."""
-    chance, inputs = random.random(), random.choice((1, 2, 12, 40))
+    chance, inputs = random.random(), random.choice((1, 12, 60, 256))
     if chance < 0.2:
         return replace(plan, inputs=inputs, n=1)
     return replace(plan, parts=chance < 0.35)

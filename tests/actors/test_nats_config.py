@@ -123,6 +123,9 @@ async def test_a_whole_cell_runs_under_the_written_users(guarded: Guarded, tmp_p
         # A worker shows the end of an answer before the cell has heard of it.
         while (await client.result(left)).status == "running":  # noqa: ASYNC110
             await asyncio.sleep(0.02)
+        assert len((await client.embed(MODEL, ["one", "two"], key="k4")).vectors) == 2
+        in_parts = Client(bus, CELL, name="shop", parts_from_bytes=100)
+        assert await in_parts.infer(MODEL, prompt="large " * 100, max_tokens=5, key="k5").text()
         running = client.infer(MODEL, prompt="long", max_tokens=8000, key="k3")
         await anext(running)
         await client.cancel(running.request_id)
@@ -158,7 +161,7 @@ async def test_a_whole_cell_runs_under_the_written_users(guarded: Guarded, tmp_p
 # ---- attempts -------------------------------------------------------------------------------------------------
 
 LEDGER, TOKENS, INTAKE = f"LEDGER_{CELL}", f"TOKENS_{CELL}", f"INTAKE_{CELL}"
-SNAPSHOTS = f"SNAPSHOTS_{CELL}"
+SNAPSHOTS, PARTS = f"SNAPSHOTS_{CELL}", f"PARTS_{CELL}"
 HERE = f"longshore.{CELL}"
 KINDS = [kind_of(kind) for kind in FACTS]
 API = "$JS.API"
@@ -166,13 +169,13 @@ API = "$JS.API"
 MAY: dict[str, dict[str, list[str]]] = {
     "shop": {
         "publish": [f"{HERE}.infer.m", f"{HERE}.submit.m", f"{HERE}.cancel.r", f"{HERE}.resume.r", f"{HERE}.result.r",
-                    f"{HERE}.admin.models", f"{HERE}.admin.status"],
+                    f"{HERE}.admin.models", f"{HERE}.admin.status", f"{HERE}.embed.m", f"{HERE}.part.u.0"],
         "subscribe": ["_INBOX.shop.x", "_INBOX.shop.>"],
     },
     "node-n0": {
         "publish": [f"{HERE}.fact.store/n0.store.started", f"{HERE}.fact.gpu/n0/1.sequence.finished",
                     f"{HERE}.tokens.gpu/n0/1.17", f"{HERE}.heartbeat.gpu/n0/0", "_INBOX.shop.x",
-                    f"{API}.STREAM.MSG.GET.{LEDGER}"],
+                    f"{API}.STREAM.MSG.GET.{LEDGER}", f"{API}.STREAM.MSG.GET.{PARTS}"],
         "subscribe": ["_INBOX.node-n0.>", f"{HERE}.heartbeat.store/n0"],
     },
     "control": {
@@ -190,18 +193,18 @@ MAY: dict[str, dict[str, list[str]]] = {
 
 DESTROY = [
     f"{API}.{verb}.{stream}"
-    for stream in (LEDGER, TOKENS, INTAKE, SNAPSHOTS)
+    for stream in (LEDGER, TOKENS, INTAKE, SNAPSHOTS, PARTS)
     for verb in ("STREAM.DELETE", "STREAM.PURGE", "STREAM.MSG.DELETE", "STREAM.SNAPSHOT", "STREAM.RESTORE")
 ]
 CLEAR = (f"{API}.STREAM.PURGE.{SNAPSHOTS}",)
 CHANGE = [
     f"{API}.{verb}.{stream}"
-    for stream in (LEDGER, TOKENS, INTAKE, SNAPSHOTS)
+    for stream in (LEDGER, TOKENS, INTAKE, SNAPSHOTS, PARTS)
     for verb in ("STREAM.CREATE", "STREAM.UPDATE")
 ]
 READ = [
     f"{API}.{verb}.{stream}{rest}"
-    for stream in (LEDGER, TOKENS, INTAKE, SNAPSHOTS)
+    for stream in (LEDGER, TOKENS, INTAKE, SNAPSHOTS, PARTS)
     for verb, rest in (
         ("STREAM.INFO", ""),
         ("STREAM.MSG.GET", ""),
@@ -230,6 +233,7 @@ MAY_NOT: dict[str, dict[str, list[str]]] = {
                     f"{HERE}.tokens.gpu/n0/0.17", "longshore.other.infer.m", f"$JS.ACK.{INTAKE}.intake.1.1.1.1.0",
                     *(f"{HERE}.fact.{actor}.{kind}" for kind in KINDS for actor in ("requests", "gpu/n0/0"))],
         "subscribe": [*OTHERS, f"{HERE}.>", f"{HERE}.infer.>", f"{HERE}.said.>", f"{HERE}.fact.>", f"{HERE}.tokens.>",
+                      f"{HERE}.part.>",
                       f"{HERE}.refused.*", "_INBOX.control.>"],
     },
     "node-n0": {
@@ -237,7 +241,7 @@ MAY_NOT: dict[str, dict[str, list[str]]] = {
                     f"{HERE}.fact.gpu/n1/0.sequence.finished", f"{HERE}.fact.store/n1.store.started",
                     f"{HERE}.fact.gpu/n0/2.worker.started", f"{HERE}.tokens.gpu/n1/0.17",
                     f"{HERE}.heartbeat.gpu/n1/0", f"{API}.CONSUMER.MSG.NEXT.{INTAKE}.intake",
-                    f"{API}.CONSUMER.CREATE.{TOKENS}.c", f"{HERE}.snapshot.manifest",
+                    f"{API}.CONSUMER.CREATE.{TOKENS}.c", f"{HERE}.snapshot.manifest", f"{HERE}.part.u.0",
                     *(f"{HERE}.fact.gpu/n0/0.{kind}" for kind in KINDS if kind not in FACT_KINDS["node"]),
                     *(f"{HERE}.fact.requests.{kind}" for kind in KINDS)],
         "subscribe": [*OTHERS, f"{HERE}.infer.>", f"{HERE}.heartbeat.>", "_INBOX.control.>", f"{HERE}.said.>"],

@@ -10,7 +10,7 @@ from unittest import mock
 
 import msgspec
 
-from actors import control, driver_core, replica, token_writer
+from actors import control, driver_core, replica, token_writer, worker_prompts
 from actors.cell import Cell, Step
 from actors.rules import KNOWN_RULES
 from bus.contract import Appended, Bus, Record
@@ -100,6 +100,17 @@ def pages_are_not_awaited() -> Iterator[None]:
 
     with mock.patch.object(token_writer.TokenWriter, "append", append):
         yield
+
+
+def earlier_vectors_are_forgotten() -> contextlib.AbstractContextManager[Any]:
+    """A worker that goes on with an embedding shows zeros for the inputs before it."""
+    original = worker_prompts.Prompts.earlier
+
+    async def earlier(self: worker_prompts.Prompts, start: Any, **wanted: bool) -> worker_prompts.Earlier:
+        found = await original(self, start, **wanted)
+        return found._replace(vectors=tuple(bytes(len(vector)) for vector in found.vectors))
+
+    return mock.patch.object(worker_prompts.Prompts, "earlier", earlier)
 
 
 def old_programs_go_on() -> contextlib.AbstractContextManager[Any]:
