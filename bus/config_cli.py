@@ -29,7 +29,7 @@ def check(file: FileArgument, as_json: JsonOption = False) -> None:
 
     Example: longshore config check /etc/longshore/longshore.yaml
     """
-    from bus.config_file import check_configuration, effective, strange_variables
+    from bus.config_file import check_configuration, effective, open_secrets, strange_variables
     from bus.yaml_reader import ConfigurationError
 
     fields = _unique(all_fields())
@@ -39,7 +39,7 @@ def check(file: FileArgument, as_json: JsonOption = False) -> None:
         problems += effective(fields, None, os.environ)[1]
     except ConfigurationError as error:
         problems = [str(error)]
-    remarks = strange_variables(fields, os.environ)
+    remarks = strange_variables(fields, os.environ) + open_secrets(file, fields, values)
     if as_json:
         print(json.dumps({"file": str(file), "fields": len(values), "problems": problems, "remarks": remarks}))
     else:

@@ -124,3 +124,11 @@ def strange_variables(fields: Iterable[Field], environment: Mapping[str, str]) -
             near = difflib.get_close_matches(name, sorted(known), 1, 0.8)
             told.append(f"{name} is no variable of a command{f': did you mean {near[0]}?' if near else ''}")
     return told
+
+
+def open_secrets(file: Path, fields: Iterable[Field], values: Mapping[str, Any]) -> list[str]:
+    """A sentence about secrets in a file that everybody on the machine may read."""
+    told = [one.path for one in fields if one.secret and values.get(one.path)]
+    if not told or not file.stat().st_mode & 0o077:
+        return []
+    return [f"{file} holds {' and '.join(told)}, and others than its owner may read it: chmod 600 {file}"]

@@ -61,12 +61,13 @@ def run(arguments: list[str], points: list[EntryPoint]) -> int:
         pass
 
     groups: dict[str, typer.Typer] = {}
-    configuration = _configuration(arguments, points)
-    for point in _needed(arguments, points):
+    needed = _needed(arguments, points)
+    for point in needed:
         group, _, name = point.name.rpartition(".")
         target = app
         function = _load(point)
         if takes_configuration(point.name, function):
+            configuration = _configuration(arguments, points) if len(needed) == 1 else None
             function = configured(point.name, function, configuration)
         if group:
             if group not in groups:
@@ -84,7 +85,7 @@ def run(arguments: list[str], points: list[EntryPoint]) -> int:
 def _configuration(arguments: list[str], points: list[EntryPoint]) -> Configuration | None:
     """What the file says that `--config` or the environment names, checked as a whole. Raises `UserError`."""
     file = file_argument(arguments, os.environ)
-    if file is None or arguments[:1] == ["config"] or {"--help", "-h"} & set(arguments):
+    if file is None or {"--help", "-h"} & set(arguments):
         return None
     from bus.config_fields import SECTIONS, fields_of
     from bus.config_file import load_configuration

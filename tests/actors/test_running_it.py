@@ -53,6 +53,22 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def listening(path: Path) -> socket.socket:
+    """What systemd would have there."""
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    found.bind(str(path))
+    found.setblocking(False)
+    return found
+
+
+def heard(socket_: socket.socket) -> list[str]:
+    said = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            said.append(socket_.recv(1000).decode())
+    return said
+
+
 def get(url: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any], dict[str, str]]:
     data = json.dumps(body).encode() if body is not None else None
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
@@ -77,7 +93,15 @@ async def until(port: int, path: str, status: int) -> dict[str, Any]:
 @contextlib.asynccontextmanager
 async def processes(folder: Path, file: Path) -> AsyncIterator[dict[str, Child]]:
     names = ("control", "node", "gateway")
-    children = {name: Child(name, [name, "--config", str(file)], folder / f"{name}.log") for name in names}
+    children = {
+        name: Child(
+            name,
+            [name, "--config", str(file)],
+            folder / f"{name}.log",
+            environment={"NOTIFY_SOCKET": str(folder / f"{name}.notify"), "WATCHDOG_USEC": "4000000"},
+        )
+        for name in names
+    }
     try:
         for child in children.values():
             await child.start()
@@ -103,6 +127,7 @@ async def test_one_file_health_and_one_id_through_all_logs(tmp_path: Path) -> No
     values = {"url": server.url, "password": PASSWORD, "data": tmp_path / "data"} | ports
     file.write_text(CONFIGURATION.format(**values))
     login_of_test = ConnectionOptions(server.url, user="ops", password=PASSWORD)
+    notified = {name: listening(tmp_path / f"{name}.notify") for name in ports}
     bus = await JetStreamBus.connect(login_of_test, "ops", create=True)
     try:
         async with processes(tmp_path, file) as children:
@@ -121,6 +146,9 @@ async def test_one_file_health_and_one_id_through_all_logs(tmp_path: Path) -> No
             url = f"http://127.0.0.1:{ports['gateway']}/v1/completions"
             status, answer, headers = await asyncio.to_thread(get, url, {"model": "tiny", "prompt": PROMPT})
             assert status == 200 and answer["usage"]["completion_tokens"] > 0
+            for name, socket_ in notified.items():
+                said = heard(socket_)
+                assert "READY=1" in said and "WATCHDOG=1" in said, (name, said)
             request = {name.lower(): value for name, value in headers.items()}["x-request-id"]
 
             children["control"].signal(signal.SIGSTOP)
@@ -138,6 +166,8 @@ async def test_one_file_health_and_one_id_through_all_logs(tmp_path: Path) -> No
     finally:
         await bus.close()
         await asyncio.to_thread(server.stop)
+        for socket_ in notified.values():
+            socket_.close()
 
     events = {}
     for name in ports:

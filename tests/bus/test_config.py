@@ -46,6 +46,10 @@ def who(nats: NatsOption = "nats://127.0.0.1:4222") -> None:
     said = connection(nats)
     print(json.dumps([said.url, said.user, said.password, said.creds, said.ca]))
 
+def plain() -> None:
+    """Plain."""
+    print("plain")
+
 def other(cell: CellOption = "main") -> None:
     """Another."""
     print(cell)
@@ -63,7 +67,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    points = [EntryPoint(name, f"configured_commands:{name}", GROUP) for name in ("control", "other", "who")]
+    points = [EntryPoint(name, f"configured_commands:{name}", GROUP) for name in ("control", "other", "plain", "who")]
     with pytest.raises(SystemExit) as ended:
         main(list(arguments), points)
     output = capsys.readouterr()
@@ -121,7 +125,9 @@ def test_who_connects_is_one_thing(
     assert (shown["nats.user"], shown["nats.password"]) == ("me", "********")
 
 
-def test_what_is_wrong_is_told_before_anything_starts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_wrong_is_told_before_anything_starts(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = folder / "l.yaml"
     file.write_text("control:\n  silense: 3\n  limit: 16GX\n")
     code, out, err = run(capsys, "control", "--config", str(file))
@@ -130,6 +136,9 @@ def test_what_is_wrong_is_told_before_anything_starts(folder: Path, capsys: pyte
         f"longshore: {file}:2:3: unknown field control.silense: did you mean control.silence? "
         f"(`longshore config check {file}` shows 1 more)\n"
     )
+    monkeypatch.setenv("LONGSHORE_CONFIG", str(file))
+    assert run(capsys, "plain")[:2] == (0, "plain\n"), "a command that takes nothing from it does not look at it"
+    monkeypatch.setenv("LONGSHORE_CONFIG", "")
     code, _, err = run(capsys, "other", "--config", str(folder / "missing.yaml"))
     assert code == 2 and "missing.yaml cannot be read: No such file" in err
     assert run(capsys, "control", "--help", "--config", str(file))[0] == 0, "help is there for who is in need of it"
@@ -258,7 +267,15 @@ def test_check_and_show(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     file = tmp_path / "l.yaml"
     file.write_text("cell: harbour\nnats:\n  url: nats://me:hush@a:4222\ncontrol: {queue_limit: 5}\nnode: {slots: 8}\n")
     config_cli.check(file)
-    assert "4 fields, all in order" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "4 fields, all in order" in told.out and told.err == ""
+    secret = tmp_path / "secret.yaml"
+    secret.write_text("nats: {password: hush, user: me}\n")
+    for mode, remark in ((0o644, "holds nats.password, and others than its owner may read it"), (0o600, "")):
+        secret.chmod(mode)
+        config_cli.check(secret)
+        told = capsys.readouterr()
+        assert remark in told.err and bool(remark) == bool(told.err) and "hush" not in told.err
     monkeypatch.setenv("LONGSHORE_NODE_SLOTS", "9")
     monkeypatch.setenv("LONGSHORE_NODE_SLOT", "9")
     config_cli.show("node", str(file), as_json=True)
