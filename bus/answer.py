@@ -15,6 +15,7 @@ no answer at all after `unanswered`.
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -88,7 +89,8 @@ class Answer:
     The last chunk carries `end` and `usage`. With `n` above 1 the chunks of its answers come mixed, each answer in
     order (`choice` says which) and with an end of its own; this object's `end` and `usage` are those of all together,
     after the last. An answer that ends as failed or quarantined raises `RequestFailed` after its last position. Use it
-    as `async with` where you may leave early; with `cancel_on_close` the request then ends, too. One task reads it.
+    as `async with` where you may leave early; with `cancel_on_close` the request then ends, too. One that is let go of
+    half read is not read any further, and takes no more memory. One task reads it.
     """
 
     def __init__(
@@ -223,6 +225,7 @@ class Answer:
         now = asyncio.get_running_loop().time
         if self._inbox is None:
             self._inbox = await self._bus.open_inbox(limit=UNREAD_LIMIT, limit_bytes=UNREAD_LIMIT_BYTES)
+            self._abandoned = weakref.finalize(self, self._inbox.leave)
             self._connections = self._bus.connections
             self._heard = self._moved = self._taken = now()
             if self._timeout is not None:
@@ -397,6 +400,7 @@ class Answer:
         self._tell_closed(self)
         inbox, self._inbox = self._inbox, None
         if inbox is not None:
+            self._abandoned.detach()
             await inbox.close()
 
     async def __aenter__(self) -> Answer:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ class Client:
         self._headers = reply_headers(encoding)
         self._patience = patience or Patience()
         self._parts_from_bytes = parts_from_bytes
-        self._open: dict[int, Answer] = {}
+        self._open: weakref.WeakValueDictionary[int, Answer] = weakref.WeakValueDictionary()
         self._submitted: dict[str, None] = {}
 
     @classmethod

@@ -201,6 +201,10 @@ class Inbox(Deliveries, Protocol):
     @property
     def subject(self) -> str: ...
 
+    def leave(self) -> None:
+        """`close`, without waiting for anything."""
+        ...
+
     @property
     def unread(self) -> int:
         """How many messages wait."""

@@ -91,6 +91,9 @@ class JetStreamInbox(DeliveryQueue):
         self.put(Delivery(self.subject, payload, reply.decode(), parse_headers(headers)))
 
     async def close(self) -> None:
+        self.leave()
+
+    def leave(self) -> None:
         self._connection.forget(self)
         self._connection.close_inbox(self.subject)
         self.end()

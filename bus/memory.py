@@ -215,6 +215,9 @@ class MemoryInbox(DeliveryQueue):
             bus.server._interests[self._number] = _Interest(bus, self.subject, "", self.put)
 
     async def close(self) -> None:
+        self.leave()
+
+    def leave(self) -> None:
         self._bus.server._interests.pop(self._number, None)
         self._bus._subscriptions.pop(self._number, None)
         self.end()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import inspect
 import json
@@ -140,6 +141,7 @@ async def test_the_examples_run_against_a_cell(tmp_path: Path) -> None:
     async with live_cell(tmp_path / "cell") as cell:
         replied = [kind for one in asked for kind in await run(cell, *one)]
         assert set(await cell.status()) <= admin_names("status")
+        await run_python(cell)
         described = json.loads((await cell.bus.request("$SRV.INFO.longshore", b"")).payload)
     assert {"accepted", "chunk", "end", "empty", "ended", "acknowledged", "unknown_request", "models"} <= set(replied)
     for endpoint in described["endpoints"]:
@@ -149,6 +151,20 @@ async def test_the_examples_run_against_a_cell(tmp_path: Path) -> None:
             assert Subjects("main").parse(arguments[1].replace("*", "x").replace(">", "y.z.k")) is not None
         elif arguments[0] != "req":
             assert (tool, arguments[0]) in {("nats", "stream"), ("longshore", "tail")}
+
+
+async def run_python(cell: LiveCell) -> None:
+    """The examples of docs/clients.md, as they stand."""
+    text = (Path(__file__).parents[2] / "docs" / "clients.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 5
+    names: dict[str, Any] = {"print": lambda *_, **__: None}
+    for block in blocks:
+        source = block.replace('"nats://127.0.0.1:4222"', f'"{cell.server.url}", cell="{CELL}"')
+        source = source.replace('"llama-a"', f'"{MODEL}"')
+        code = compile(source, "clients.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        async with asyncio.timeout(20):
+            await eval(code, names)
 
 
 async def run(cell: LiveCell, subject: str, arguments: list[str], told: str) -> list[str]:
