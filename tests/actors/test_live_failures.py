@@ -10,6 +10,7 @@ import asyncio
 import signal
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,7 +18,7 @@ import pytest
 
 from actors.stub_node import MODEL
 from bus.answer import RequestFailed
-from bus.client import Client
+from bus.client import Client, RequestFields
 from bus.contract import Record
 from bus.messages import (
     DriverLost,
@@ -33,7 +34,7 @@ from bus.messages import (
     kind_of,
 )
 from bus.pages import Page, Seal, decode_page
-from bus.replies import Chunk, decode_reply
+from bus.replies import Chunk, WholeAnswers, decode_reply
 from bus.subjects import Subjects
 from tests.support.live_cell import CELL, LiveCell, live_cell
 
@@ -164,15 +165,31 @@ async def test_a_node_is_killed_in_mid_answer(tmp_path: Path) -> None:
     async with live_cell(tmp_path, nodes=2, step_seconds=0.01) as cell:
         prompts = [f"prompt {i}" for i in range(8)]
         expected = await undisturbed(cell.client, prompts, 60)
+        several: RequestFields = {"max_tokens": 60, "seed": 1, "n": 6, "logprobs": 2, "presence_penalty": 0.5}
+        whole = await cell.client.infer(MODEL, "several", **several).whole()
         readings = {prompt: Reading(cell.client, prompt, 60) for prompt in prompts}
+        answers = cell.client.infer(MODEL, "several", key="several", **several)
+        single = await cell.bus.subscribe(inbox := cell.bus.new_inbox())
+        once = asyncio.ensure_future(answers.whole())
         for reading in readings.values():
             await reading.reach(10)
+        await cell.bus.publish(SUBJECTS.resume(answers.request_id), b'{"stream":false}', reply=inbox)
         busy = await cell.until(lambda found: any(active(found, name) for name in found["workers"]))
         name = max(busy["workers"], key=lambda worker: active(busy, worker))
         node = next(n for n in cell.nodes if n.name == f"node-{name.split('/')[1]}")
         node.signal(signal.SIGKILL)
         await asyncio.gather(*(reading.task for reading in readings.values()))
         assert {prompt: reading.tokens for prompt, reading in readings.items()} == expected
+        # Each of several answers has gone on for itself, and its logprobs with it; the one reply has all of them.
+        found = await once
+        assert shown(found.choices) == shown(whole.choices) and len(whole.choices[5].logprobs) == 60
+        async with asyncio.timeout(20):
+            replied = decode_reply((await single.next()).payload)
+        assert isinstance(replied, WholeAnswers) and shown(replied.choices) == shown(whole.choices)
+
+
+def shown(choices: Sequence[Chunk]) -> list[object]:
+    return [(one.choice, one.tokens, one.text, one.logprobs, one.end, one.usage) for one in choices]
 
 
 def active(status: dict, worker: str) -> int:  # type: ignore[type-arg]
