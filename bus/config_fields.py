@@ -170,8 +170,9 @@ def options_of(function: Callable[..., Any]) -> dict[str, tuple[Any, OptionInfo,
     for name, parameter in inspect.signature(function).parameters.items():
         hint = hints.get(name, parameter.annotation)
         info = next((one for one in typing.get_args(hint)[1:] if isinstance(one, OptionInfo)), None)
-        if info is not None and not info.hidden and parameter.default is not inspect.Parameter.empty:
-            found[name] = (typing.get_args(hint)[0], info, parameter.default)
+        if info is not None and not info.hidden:
+            wanted = parameter.default is inspect.Parameter.empty
+            found[name] = (typing.get_args(hint)[0], info, None if wanted else parameter.default)
     return found
 
 

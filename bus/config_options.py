@@ -79,7 +79,9 @@ def configured(command: str, function: Callable[..., Any], configuration: Config
             hints[name] = Annotated[kind, info]
             if configuration is not None and one.path in configuration.values:
                 parameter = parameter.replace(default=configuration.values[one.path])
-        parameters.append(parameter.replace(annotation=hints.get(name, parameter.annotation)))
+        # By keyword, as one that must be given may stand behind one that the file has given by now.
+        kind, annotation = inspect.Parameter.KEYWORD_ONLY, hints.get(name, parameter.annotation)
+        parameters.append(parameter.replace(kind=kind, annotation=annotation))
     hints["config"] = Annotated[
         str,
         typer.Option(

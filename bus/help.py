@@ -7,7 +7,7 @@ PANELS = {
     "Run a cell": ("up", "control", "node", "gateway", "config", "nats-config"),
     "Models": ("model", "pack", "verify", "fetch", "load"),
     "See what happens, and why": ("status", "tail", "record", "replay"),
-    "Keep it going": ("backup", "restore", "rules", "difference"),
+    "Keep it going": ("ledger", "backup", "restore", "rules", "difference"),
     "Try and measure": ("demo", "chaos", "bench", "doctor"),
 }
 
@@ -17,6 +17,7 @@ GROUPS = {
     "config": "The configuration file: check it, and show what is in force.",
     "difference": "When a control's decisions differ from the ledger.",
     "doctor": "What this machine grants.",
+    "ledger": "How full the ledger is, and what makes room in it.",
     "model": "Models of a cell.",
 }
 

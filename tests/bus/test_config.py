@@ -41,6 +41,10 @@ def control(
     """Control."""
     print(json.dumps([nats, cell, silence, limit, str(data), hosts, log_json, password, str(active_file())]))
 
+def node(server: Annotated[str, typer.Option(metavar="NAME")], cell: CellOption = "main") -> None:
+    """Node."""
+    print(server, cell)
+
 def who(nats: NatsOption = "nats://127.0.0.1:4222") -> None:
     """Who connects."""
     said = connection(nats)
@@ -67,7 +71,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    points = [EntryPoint(name, f"configured_commands:{name}", GROUP) for name in ("control", "other", "plain", "who")]
+    points = [
+        EntryPoint(name, f"configured_commands:{name}", GROUP) for name in ("control", "node", "other", "plain", "who")
+    ]
     with pytest.raises(SystemExit) as ended:
         main(list(arguments), points)
     output = capsys.readouterr()
@@ -100,6 +106,15 @@ def test_flag_over_variable_over_file_over_default(
     assert values() == ["nats://a:1", "quay", 4.0, "2GB", "/srv", ["a", "b"], False, "hush", str(file)]
     assert values("--cell", "pier", "--silence", "5", "--host", "c")[1:6] == ["pier", 5.0, "2GB", "/srv", ["c"]]
     assert run(capsys, "other") == (0, "quay\n", "")
+
+
+def test_what_must_be_given_may_stand_in_the_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "node")[0] == 2
+    file = folder / "l.yaml"
+    file.write_text("cell: harbour\n")
+    assert run(capsys, "node", "--config", str(file))[0] == 2
+    file.write_text("cell: harbour\nnode: {server: s7}\n")
+    assert run(capsys, "node", "--config", str(file)) == (0, "s7 harbour\n", "")
 
 
 def test_who_connects_is_one_thing(
