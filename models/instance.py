@@ -35,6 +35,8 @@ from models.pooling import Pooling, read_pooling
 from models.skeleton import Skeleton, assemble
 
 DEFAULT_MAX_TOKENS = 256
+BEGINNING_CHARACTERS = 16
+"""So many characters for each token of the context are looked at first: in few texts do tokens get half as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,8 @@ class Instance:
         self._name = name
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Tokens of a plain prompt, with the special tokens that the tokenizer puts around it."""
+        """Tokens of a plain prompt, with the special tokens that the tokenizer puts around it; ModelError."""
+        self._check_length(text)
         tokens: list[int] = self.tokenizer(text)["input_ids"]
         return tokens
 
@@ -67,14 +70,30 @@ class Instance:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates are programs of others: they raise what they like
             raise ModelError(f"The chat template of {self._name} refuses these messages: {error}.") from error
+        self._check_length(text)
         # The template writes the special tokens itself.
         tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return tokens
 
     def encode_inputs(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of texts to embed, each with the special tokens that the tokenizer puts around it."""
+        """Tokens of texts to embed, each with the special tokens that the tokenizer puts around it; ModelError."""
+        for text in texts:
+            self._check_length(text)
         tokens: list[list[int]] = self.tokenizer(list(texts))["input_ids"] if texts else []
         return tokens
+
+    def _check_length(self, text: str) -> None:
+        """Raise ModelError where the beginning of a text alone has twice the tokens of the context: tokenizing a text
+        of several MB takes seconds, and others wait for the tokenizer. How a text is cut moves few tokens at the cut.
+        """
+        context = self.engine.context
+        if len(text) <= BEGINNING_CHARACTERS * context:
+            return
+        found = len(self.tokenizer(text[: BEGINNING_CHARACTERS * context], add_special_tokens=False)["input_ids"])
+        if found >= 2 * context:
+            raise ModelError(
+                f"The text has more than {2 * context} tokens, the context of {self._name} is {context}: shorten it."
+            )
 
     def close(self) -> None:
         """Let go of weights and cache; the instance is of no use afterwards."""

@@ -240,3 +240,17 @@ def test_the_tokenizer_puts_its_special_tokens_around_inputs(encoder):
     instance = load_instance(directory, None, encoder=True, **BUDGET)
     assert instance.encode_inputs(["quiet"]) == AutoTokenizer.from_pretrained(directory)(["quiet"])["input_ids"]
     assert isinstance(instance.engine.embedder, Embedder)
+
+
+def test_a_text_that_is_far_too_long_is_not_tokenized_whole(sample_directory, encoder):
+    decoder = load_instance(sample_directory("llama"), None, context=64, **BUDGET)
+    longest = []
+    tokenizer = decoder.tokenizer
+    decoder.tokenizer = lambda text, **how: longest.append(len(text)) or tokenizer(text, **how)
+    with pytest.raises(ModelError, match="more than 128 tokens, the context of sample is 64"):
+        decoder.encode_prompt("The harbour was quiet. " * 100_000)
+    assert max(longest) <= 64 * 16
+    assert len(decoder.encode_prompt("The harbour " * 40)) > 64, "what is not far too long is counted"
+    instance = load_instance(encoder(), None, encoder=True, **BUDGET)
+    with pytest.raises(ModelError, match="more than 256 tokens"):
+        instance.encode_inputs(["short", "The harbour was quiet. " * 1000])
