@@ -163,6 +163,7 @@ async def _up(options: Any) -> None:
             models = ", ".join(status["models"]) or "none yet (longshore model add NAME DIR)"
             console.print(f"cell {options.cell} is up: {_workers(len(status['workers']))}, models: {models}")
             example = f"--nats {cell.url}" if cell.url != DEFAULT_NATS else ""
+            example += f" --cell {options.cell}" if options.cell != DEFAULT_CELL else ""
             console.print(f"ask it:   longshore ask MODEL 'prompt' {example}\nwatch it: longshore tail {example}")
             await cell.watch(console.print)
 
