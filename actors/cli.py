@@ -45,6 +45,19 @@ def control(
     snapshot_facts: Annotated[
         int, typer.Option(min=1, metavar="FACTS", help="Facts between two snapshots, at the least.")
     ] = 5000,
+    generations: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR",
+            help="Where recordings of the ledger's beginning go before it is dropped; without it nothing is dropped.",
+        ),
+    ] = "",
+    rotate_at: Annotated[
+        int, typer.Option(min=1, max=79, metavar="PERCENT", help="With --generations: at how much of its limit.")
+    ] = 60,
+    rotate_keep: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="With --generations: what is younger stays in the ledger.")
+    ] = 60.0,
     health: HealthOption = "",
     log_json: LogJsonOption = False,
     known_rules: Annotated[
@@ -73,6 +86,9 @@ def control(
         snapshot_facts=snapshot_facts,
         known_rules=_known_rules(known_rules),
         health=health,
+        generations=generations,
+        rotate_percent=rotate_at,
+        rotate_keep_seconds=rotate_keep,
     )
     _run(run_control(options))
 

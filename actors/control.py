@@ -100,7 +100,7 @@ class Control:
         self._unshown = Unshown()
         self._seals: dict[bytes, SealTokens] = {}
         self._told_full = float("-inf")
-        self.intake.wants_snapshot = self._want_snapshot
+        self.intake.wants_snapshot = self.want_snapshot
         self.snapshots = SnapshotTaker(bus, self.subjects, me, facts=snapshot_facts, capture=capture)
 
     @property
@@ -324,7 +324,8 @@ class Control:
         if self.snapshots.due(replica):
             self.tasks.spawn(self.snapshots.take(replica, lambda: self._beside(replica)), "snapshot")
 
-    def _want_snapshot(self) -> None:
+    def want_snapshot(self) -> None:
+        """Take one as soon as there is anything new."""
         self.snapshots.want()
         if self.replica is not None:
             self._take_if_due(self.replica)

@@ -12,6 +12,7 @@ import os
 import secrets
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 
@@ -19,6 +20,7 @@ from actors.cell_snapshots import SNAPSHOT_FACTS
 from actors.control import LEAVE_SECONDS, Control
 from actors.forked_capture import capture_in_a_copy
 from actors.readback import Difference
+from actors.rotation import rotate_when_due
 from actors.rules import FIRST_RULES, KNOWN_RULES, UnknownRules
 from actors.submissions import take_submissions
 from bus.contract import BusError, LogChanged
@@ -50,6 +52,9 @@ class ControlOptions:
     snapshot_facts: int = SNAPSHOT_FACTS
     known_rules: tuple[int, ...] = KNOWN_RULES
     health: str = ""
+    generations: str = ""
+    rotate_percent: int = 60
+    rotate_keep_seconds: float = 60.0
 
 
 RESTART_SECONDS = 1.0
@@ -136,6 +141,16 @@ async def _run_once(options: ControlOptions, ending: asyncio.Event, health: Heal
                 service_tasks.start(service.answer(verb, subject), f"service {subject}")
         control.tasks.start(service_tasks.wait(), "service")
         control.tasks.start(_after_start(bus, control, options), "after start")
+        if options.generations:
+            rotating = rotate_when_due(
+                control,
+                options.nats,
+                options.cell,
+                Path(options.generations),
+                options.rotate_percent,
+                keep=options.rotate_keep_seconds,
+            )
+            control.tasks.start(rotating, "rotation")
         health.reasons = control.obstacles
         try:
             await _until(ending, control)

@@ -4,6 +4,7 @@ What is in the data directory:
     nats/      the embedded server's streams
     models/    packed checkpoints, shared by the servers of this machine
     logs/      one file per process
+    generations/  recordings of what the ledger has dropped
     lock       held by the `longshore up` that uses the directory
 """
 
@@ -104,7 +105,8 @@ class CellProcesses:
         common += ["--config", str(options.config)] if options.config is not None else []
         common += ["--log-json"] if options.log_json else []
         for number in range(1, options.controls + 1):
-            arguments = ["control", *common, "--health", "", *options.control_arguments]
+            arguments = ["control", *common, "--health", "", "--generations", str(options.data / "generations")]
+            arguments += options.control_arguments
             self.controls.append(self._child(f"control-{number}", arguments))
         for number in range(1, options.nodes + 1):
             arguments = ["node", *common, "--server", f"s{number}", "--data", str(options.data), "--health", ""]

@@ -85,7 +85,8 @@ async def test_generations_and_limits_of_a_running_cell(tmp_path: Path) -> None:
         assert "verified:" in await command("replay", made["recording"], "--verify")
         cell.controls[0].signal(signal.SIGKILL)
         await cell.controls[0].wait()
-        await cell.add_control(*OFTEN)
+        by_itself = ("--generations", str(tmp_path / "g"), "--rotate-at", "1", "--rotate-keep", "0")
+        await cell.add_control(*OFTEN, *by_itself)
         await running.task
         assert running.end == "length" and len(running.tokens) == 250
         await cell.status()
@@ -93,6 +94,11 @@ async def test_generations_and_limits_of_a_running_cell(tmp_path: Path) -> None:
         for reading in (early, running):
             assert list((await cell.client.result(reading.answer.request_id)).tokens) == reading.tokens
         assert "from the snapshot at" in await command("replay", "--verify", *where)
+        async with asyncio.timeout(40):
+            while (await cell.bus.ledger.usage()).first_sequence == first:
+                await undisturbed(cell.client, [f"more {i}" for i in range(6)], 1)
+        newest = sorted((tmp_path / "g").glob("*.lsrec"))[-1]
+        assert f"{first:012d}-" in newest.name and "from the snapshot at" in await command("replay", str(newest))
 
 
 async def fill_up(cell: LiveCell) -> None:
