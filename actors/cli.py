@@ -42,6 +42,9 @@ def control(
         int, typer.Option(min=1, metavar="SECONDS", help="How long results of ended requests are kept.")
     ] = 3600,
     ledger_limit: Annotated[str, typer.Option(metavar="SIZE", help="Limit of the ledger's stream.")] = "1GiB",
+    replicas: Annotated[
+        int, typer.Option(min=1, max=5, help="Servers of a NATS cluster that hold each stream: 3 in production.")
+    ] = 1,
     snapshot_facts: Annotated[
         int, typer.Option(min=1, metavar="FACTS", help="Facts between two snapshots, at the least.")
     ] = 5000,
@@ -89,6 +92,7 @@ def control(
         generations=generations,
         rotate_percent=rotate_at,
         rotate_keep_seconds=rotate_keep,
+        replicas=replicas,
     )
     _run(run_control(options))
 

@@ -55,6 +55,7 @@ class ControlOptions:
     generations: str = ""
     rotate_percent: int = 60
     rotate_keep_seconds: float = 60.0
+    replicas: int = 1
 
 
 RESTART_SECONDS = 1.0
@@ -116,6 +117,7 @@ async def _run_once(options: ControlOptions, ending: asyncio.Event, health: Heal
         create=True,
         ledger_limit_bytes=options.ledger_limit_bytes,
         result_retention_seconds=options.retention_seconds + LONGEST_RUN_SECONDS,
+        replicas=options.replicas,
     )
     service_tasks = Tasks()
     try:

@@ -8,8 +8,8 @@ What goes wrong, and what is done about it:
 * a reader slower than the cell                  what finds no room is dropped, and asked for when it is wanted
 * nobody listens, or nobody says anything        `RequestFailed` once patience is over
 
-Questions repeat after 50 ms, doubling up to 30 s while no new position comes; silence alone asks after `silence`,
-no answer at all after `unanswered`.
+Questions repeat after 50 ms, doubling up to 30 s while no new position comes, or to what a refusal says about coming
+again; silence alone asks after `silence`, no answer at all after `unanswered`.
 """
 
 from __future__ import annotations
@@ -367,6 +367,9 @@ class Answer:
         elif status.status == "unknown" or self._forgives(error.code, now):
             self._excuse = error
             self._prompted = True
+            # Who says when to come again knows better than a doubling how long it may take.
+            if error.retry_ms:
+                self._wait = min(self._wait, max(FIRST_WAIT_SECONDS, error.retry_ms / 1000))
         else:
             await self._fail(error.code, error.message, error.retry_ms)
 

@@ -322,20 +322,33 @@ class Connection(Client):
         answer, raw = await self._ask(subject, payload, header_block(headers or {}), timeout)
         return Delivery(subject, answer, "", parse_headers(raw))
 
-    async def ask_raw(self, subject: str, payload: bytes, timeout: float) -> tuple[bytes, bytes | None]:
-        """Like `ask`, with the headers as they came."""
-        return await self._ask(subject, payload, b"", timeout)
+    async def ask_raw(
+        self, subject: str, payload: bytes, timeout: float, *, again: float = 0.0
+    ) -> tuple[bytes, bytes | None]:
+        """Like `ask`, with the headers as they came; `again`: seconds after which it is asked once more, and so on.
 
-    async def _ask(self, subject: str, payload: bytes, headers: bytes, timeout: float) -> tuple[bytes, bytes | None]:
+        What is asked of a server that has just died is lost, and of a stream without a leader, too: only who asks again
+        hears from the next one at once.
+        """
+        return await self._ask(subject, payload, b"", timeout, again or timeout)
+
+    async def _ask(
+        self, subject: str, payload: bytes, headers: bytes, timeout: float, again: float = 0.0
+    ) -> tuple[bytes, bytes | None]:
         self._next_answer += 1
         token = self._next_answer
         answer: asyncio.Future[tuple[bytes, bytes | None]] = asyncio.get_running_loop().create_future()
         self._answers[token] = answer
         self._asked[token] = subject
         try:
-            self.write(self.frame(subject, payload, reply=f"{self._answer_prefix}{token}", headers=headers))
+            frame = self.frame(subject, payload, reply=f"{self._answer_prefix}{token}", headers=headers)
             async with asyncio.timeout(timeout):
-                data, raw = await answer
+                while True:
+                    self.write(frame)
+                    await asyncio.wait([answer], timeout=again or timeout)
+                    if answer.done():
+                        break
+                data, raw = answer.result()
         except TimeoutError:
             raise NoAnswer(f"no answer on {subject} within {timeout:g} s") from None
         finally:

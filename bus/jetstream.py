@@ -15,10 +15,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from bus.connection import Connection
-from bus.contract import Bus, BusError, Delivery
+from bus.contract import Bus, BusError, Delivery, NoAnswer
 from bus.credentials import ConnectionOptions
 from bus.delivery_queue import DeliveryQueue
-from bus.jetstream_api import STREAM_NOT_FOUND, ApiError, call, stream_info
+from bus.jetstream_api import NO_PEERS, STREAM_NOT_FOUND, ApiError, call, stream_info
 from bus.jetstream_log import JetStreamLog
 from bus.part_limits import PART_LIMIT_BYTES, PARTS_KEPT, PARTS_SECONDS
 from bus.subjects import Subjects
@@ -27,6 +27,16 @@ from bus.wire import parse_headers
 GIB = 1024**3
 DEDUPE_SECONDS = 120
 FLUSH_SECONDS = 2.0
+ACK_SECONDS = 3.0
+"""An append without an acknowledgement counts as unanswered after so long: shorter than any election."""
+LEADER_SECONDS = 15.0
+"""How long a cluster may be without a leader before that is an error: an election takes 4 to 7 s."""
+LOOK_SECONDS = 0.2
+
+
+def _settings(answer: dict[str, Any]) -> dict[str, Any]:
+    config: dict[str, Any] = answer["config"]
+    return config
 
 
 class JetStreamSubscription(DeliveryQueue):
@@ -137,7 +147,7 @@ class JetStreamBus:
         cell: str,
         *,
         name: str = "",
-        ack_timeout: float = 5.0,
+        ack_timeout: float = ACK_SECONDS,
         create: bool = False,
         ledger_limit_bytes: int = GIB,
         tokens_limit_bytes: int = GIB,
@@ -247,13 +257,13 @@ class JetStreamBus:
 
     async def _ensure(self, config: dict[str, Any], *, must_keep_all: bool) -> None:
         stream = config["name"]
-        try:
-            found = (await stream_info(self._connection, stream))["config"]
-        except ApiError as error:
-            if error.code != STREAM_NOT_FOUND:
-                raise
-            # Two that start at once may both create: the same settings twice are no error to the server.
-            found = (await call(self._connection, f"STREAM.CREATE.{stream}", config))["config"]
+        found = await self._found_or_created(config)
+        if found["num_replicas"] < config["num_replicas"]:
+            found = (
+                await call(
+                    self._connection, f"STREAM.UPDATE.{stream}", found | {"num_replicas": config["num_replicas"]}
+                )
+            )["config"]
         wrong = [
             f"{key} is {found.get(key)!r} instead of {config[key]!r}"
             for key in ("storage", "discard", "retention", "max_msgs_per_subject")
@@ -270,6 +280,31 @@ class JetStreamBus:
                 f"stream {stream} at {self._connection.url} exists with settings that do not fit: {'; '.join(wrong)}; "
                 "choose another cell name, or delete that stream if nobody needs it"
             )
+
+    async def _found_or_created(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The stream's settings. A cluster that starts, or has lost its leader, gets some time to answer."""
+        stream = config["name"]
+        loop = asyncio.get_running_loop()
+        limit = loop.time() + LEADER_SECONDS
+        while True:
+            try:
+                return _settings(await stream_info(self._connection, stream))
+            except ApiError as error:
+                if error.code != STREAM_NOT_FOUND:
+                    raise
+            except NoAnswer:
+                if loop.time() > limit:
+                    raise
+                await asyncio.sleep(LOOK_SECONDS)
+                continue
+            try:
+                # Two that start at once may both create: the same settings twice are no error to the server.
+                return _settings(await call(self._connection, f"STREAM.CREATE.{stream}", config))
+            except (ApiError, NoAnswer) as error:
+                # Servers that start find each other one after the other: too few of them are no answer yet.
+                if (isinstance(error, ApiError) and error.code != NO_PEERS) or loop.time() > limit:
+                    raise
+                await asyncio.sleep(LOOK_SECONDS)
 
     @property
     def ledger(self) -> JetStreamLog:

@@ -16,8 +16,13 @@ from bus.contract import BusError, NoAnswer, NoResponders, Record
 from bus.wire import parse_headers, publisher_of, status
 
 API_SECONDS = 5.0
+AGAIN_SECONDS = 0.5
+"""After so long without an answer a call is made once more: each of them may be repeated."""
 STREAM_NOT_FOUND = 10059
 MESSAGE_NOT_FOUND = 10037
+NO_PEERS = 10005
+_NOT_NOW = (10008, 10009, 10041, 10118)
+"""What a cluster says that has no leader, or none yet: temporarily unavailable, not leader, no quorum, offline."""
 
 
 class ApiError(BusError):
@@ -41,17 +46,17 @@ async def call(
     """One request to `$JS.API.<verb>`; its answer may take so many seconds."""
     data = json.dumps(body).encode() if body is not None else b""
     try:
-        raw, _ = await connection.ask_raw(f"$JS.API.{verb}", data, seconds)
+        raw, _ = await connection.ask_raw(f"$JS.API.{verb}", data, seconds, again=AGAIN_SECONDS)
     except NoResponders:
         # Also what a cluster says while it has no leader: no reason to give up, and nothing was done.
         raise NoAnswer(f"no JetStream answers at {connection.url}: start nats-server with -js") from None
     answer: dict[str, Any] = json.loads(raw)
     error = answer.get("error")
     if error is not None:
-        raise ApiError(
-            f"the NATS server at {connection.url} refuses {verb}: {error.get('description', 'no reason given')}",
-            int(error.get("err_code", 0)),
-        )
+        code, reason = int(error.get("err_code", 0)), error.get("description", "no reason given")
+        if code in _NOT_NOW:
+            raise NoAnswer(f"JetStream at {connection.url} is not ready for {verb}: {reason}")
+        raise ApiError(f"the NATS server at {connection.url} refuses {verb}: {reason}", code)
     return answer
 
 
@@ -80,7 +85,9 @@ async def get_message(connection: Connection, stream: str, wanted: dict[str, Any
 
 async def get_direct(connection: Connection, stream: str, sequence: int) -> Record | None:
     """A stored message from any replica that has it: cheap, but None may mean only that this one is behind."""
-    payload, raw = await connection.ask_raw(f"$JS.API.DIRECT.GET.{stream}", b'{"seq":%d}' % sequence, API_SECONDS)
+    payload, raw = await connection.ask_raw(
+        f"$JS.API.DIRECT.GET.{stream}", b'{"seq":%d}' % sequence, API_SECONDS, again=AGAIN_SECONDS
+    )
     if status(raw):
         return None
     headers = parse_headers(raw)

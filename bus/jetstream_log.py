@@ -25,6 +25,8 @@ REFUSAL_SECONDS = 0.25
 """How long an append that reached no stream is held back before it fails, so that repeating it is no busy loop."""
 
 _WRONG_LAST = (10071, 10164)
+_IN_PROCESS = 10158
+"""A cluster has not decided yet about a message with the same id: it may come to be stored, or not."""
 _FULL_CODES = (10023, 10028, 10047, 10077)
 _FULL_WORDS = ("maximum bytes", "maximum messages", "insufficient", "resource limits", "no space")
 
@@ -44,7 +46,7 @@ class _Ack(msgspec.Struct):
 class _Append:
     """One append between `send` and its answer."""
 
-    __slots__ = ("deadline", "frame", "future", "subject", "token")
+    __slots__ = ("deadline", "doubted", "frame", "future", "subject", "token")
 
     def __init__(self, future: asyncio.Future[Appended], token: int, frame: bytes, subject: str) -> None:
         self.future = future
@@ -52,6 +54,7 @@ class _Append:
         self.frame = frame
         self.subject = subject
         self.deadline = 0.0
+        self.doubted = False
 
 
 class JetStreamLog:
@@ -152,12 +155,28 @@ class JetStreamLog:
             return
         if not payload and status(headers) == 503:
             self._fail_soon(append, f"no stream takes {append.subject} at {self._connection.url}")
+            self._lost_leader(append.token)
             return
         ack = self._decode(payload)
         if ack.error is None:
             future.set_result(Appended(ack.seq, ack.duplicate))
         else:
             self._refuse(append, ack.error)
+
+    def _lost_leader(self, token: int) -> None:
+        """Nobody takes messages of this stream now: what was sent before and is not answered soon went to who did."""
+        older = [one for number, one in self._flying.items() if number < token and not one.doubted]
+        for one in older:
+            one.doubted = True
+        if older:
+            asyncio.get_running_loop().call_later(min(REFUSAL_SECONDS, self._ack_timeout), self._give_up, older)
+
+    def _give_up(self, doubted: list[_Append]) -> None:
+        for append in doubted:
+            if self._flying.pop(append.token, None) is not None:
+                self._flying_bytes -= len(append.frame)
+                self._fail(append, "the stream has lost its leader")
+        self._pump()
 
     def _refuse(self, append: _Append, error: _Error) -> None:
         if error.err_code in _WRONG_LAST:
@@ -168,7 +187,8 @@ class JetStreamLog:
             append.future.set_exception(
                 LogFull(f"stream {self.stream} is full ({error.description}): raise its limit or shorten its retention")
             )
-        elif error.code == 503 or error.code == 429:
+        elif error.code >= 500 or error.code == 429 or error.err_code == _IN_PROCESS:
+            # A server that cannot does not know what others of its cluster have done: never "not stored".
             self._fail_soon(append, f"stream {self.stream} is not ready ({error.description})")
         else:
             append.future.set_exception(
