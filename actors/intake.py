@@ -16,6 +16,7 @@ import msgspec
 import structlog
 
 from actors.cell import Cell
+from actors.intake_buffer import IntakeBuffer, no_leader
 from actors.placement_state import PlacementState
 from actors.request_state import RequestsState, as_ended
 from actors.results import REPLY_LIMIT_BYTES, ResultsReader, far
@@ -30,7 +31,7 @@ from bus.api import (
     parse_resume,
     reply_headers,
 )
-from bus.contract import Appended, Bus, BusError, Delivery, LogFull, NoAnswer, Subscription, Usage
+from bus.contract import Appended, Bus, BusError, Delivery, LogFull, NoAnswer, NotTaken, Subscription, Usage
 from bus.embeddings import parse_embed
 from bus.logs import about
 from bus.messages import (
@@ -91,7 +92,7 @@ class Intake:
     ) -> None:
         self._bus = bus
         self._subjects = subjects
-        self._me = me
+        self._buffer = IntakeBuffer(bus.ledger, me)
         self._cell = cell
         self._live = live
         self._position = position
@@ -319,6 +320,8 @@ class Intake:
             if again and fact.reply is not None:
                 # The request stands in the ledger; whoever repeats it wants to be shown what there is.
                 await self.state("requests", ReaderAttached(parsed.request, fact.reply), "")
+        except NotTaken:
+            raise no_leader() from None
         except NoAnswer:
             return unknown(parsed.request, "the ledger did not answer in time: repeat with the same key", retry_ms=1000)
         except LogFull:
@@ -358,7 +361,7 @@ class Intake:
         """Append a fact under intake's name."""
         payload = encode(FactEnvelope("intake", msgspec.Raw(encode(message))))
         subject = self._subjects.fact(actor, kind_of(message))
-        return await self._bus.ledger.append(subject, payload, message_id=message_id, publisher=self._me)
+        return await self._buffer.append(subject, payload, message_id)
 
     async def _cancel(self, delivery: Delivery) -> Answer:
         request = await self._known(delivery)
@@ -386,6 +389,8 @@ class Intake:
     async def _stated(self, actor: str, message: Message, message_id: str) -> None:
         try:
             await self.state(actor, message, message_id)
+        except NotTaken:
+            raise no_leader() from None
         except NoAnswer:
             raise Refusal("not_ready", "the ledger did not answer in time: try again", retry_ms=1000) from None
         except LogFull:

@@ -39,6 +39,10 @@ class NoAnswer(BusError):
     """An append was sent and no acknowledgement came in time: it may or may not be stored."""
 
 
+class NotTaken(NoAnswer):
+    """An append reached no stream, because none takes its subject now: it is not stored, and may be sent again."""
+
+
 class WrongLastSequence(BusError):
     """The expected last sequence of the subject was outdated: the append was refused and is not stored."""
 

@@ -17,7 +17,7 @@ from bus.wire import parse_headers, publisher_of, status
 
 API_SECONDS = 5.0
 AGAIN_SECONDS = 0.5
-"""After so long without an answer a call is made once more: each of them may be repeated."""
+"""After so long without an answer a call is made once more: most of them may be repeated."""
 STREAM_NOT_FOUND = 10059
 MESSAGE_NOT_FOUND = 10037
 NO_PEERS = 10005
@@ -41,12 +41,17 @@ def nanoseconds(text: str) -> int:
 
 
 async def call(
-    connection: Connection, verb: str, body: dict[str, Any] | None = None, *, seconds: float = API_SECONDS
+    connection: Connection,
+    verb: str,
+    body: dict[str, Any] | None = None,
+    *,
+    seconds: float = API_SECONDS,
+    again: float = AGAIN_SECONDS,
 ) -> dict[str, Any]:
-    """One request to `$JS.API.<verb>`; its answer may take so many seconds."""
+    """One request to `$JS.API.<verb>`; its answer may take so many seconds. `again` 0: it must not be made twice."""
     data = json.dumps(body).encode() if body is not None else b""
     try:
-        raw, _ = await connection.ask_raw(f"$JS.API.{verb}", data, seconds, again=AGAIN_SECONDS)
+        raw, _ = await connection.ask_raw(f"$JS.API.{verb}", data, seconds, again=again)
     except NoResponders:
         # Also what a cluster says while it has no leader: no reason to give up, and nothing was done.
         raise NoAnswer(f"no JetStream answers at {connection.url}: start nats-server with -js") from None

@@ -7,13 +7,25 @@ lost connection, so acknowledgements are matched here: one inbox per log, one fu
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import deque
 from collections.abc import Sequence
 
 import msgspec
 
 from bus.connection import Connection
-from bus.contract import Appended, BusError, LogFull, NoAnswer, NoResponders, Reader, Record, Usage, WrongLastSequence
+from bus.contract import (
+    Appended,
+    BusError,
+    LogFull,
+    NoAnswer,
+    NoResponders,
+    NotTaken,
+    Reader,
+    Record,
+    Usage,
+    WrongLastSequence,
+)
 from bus.jetstream_api import STREAM_NOT_FOUND, ApiError, call, get_direct, get_message, stream_info
 from bus.jetstream_reader import JetStreamReader
 from bus.wire import append_headers, status
@@ -105,7 +117,7 @@ class JetStreamLog:
             return future
         append = _Append(future, self._next_token, frame, subject)
         if not connection.is_connected:
-            self._fail_soon(append, f"no connection to {connection.url}")
+            self._fail_soon(append, f"no connection to {connection.url}", taken=False)
         elif self._waiting or not self._has_room():
             self._waiting.append(append)
         else:
@@ -154,7 +166,7 @@ class JetStreamLog:
         if future.done():
             return
         if not payload and status(headers) == 503:
-            self._fail_soon(append, f"no stream takes {append.subject} at {self._connection.url}")
+            self._fail_soon(append, f"no stream takes {append.subject} at {self._connection.url}", taken=False)
             self._lost_leader(append.token)
             return
         ack = self._decode(payload)
@@ -211,14 +223,18 @@ class JetStreamLog:
             self._fail(append, f"no acknowledgement within {self._ack_timeout:g} s")
         self._pump()
 
-    def _fail(self, append: _Append, reason: str) -> None:
-        if not append.future.done():
-            append.future.set_exception(
-                NoAnswer(f"{reason}: whether {append.subject} is stored in {self.stream} is not known")
-            )
+    def _fail(self, append: _Append, reason: str, *, taken: bool = True) -> None:
+        if append.future.done():
+            return
+        if taken:
+            error = NoAnswer(f"{reason}: whether {append.subject} is stored in {self.stream} is not known")
+        else:
+            error = NotTaken(f"{reason}: it is not stored in {self.stream}")
+        append.future.set_exception(error)
 
-    def _fail_soon(self, append: _Append, reason: str) -> None:
-        asyncio.get_running_loop().call_later(min(REFUSAL_SECONDS, self._ack_timeout), self._fail, append, reason)
+    def _fail_soon(self, append: _Append, reason: str, *, taken: bool = True) -> None:
+        fail = functools.partial(self._fail, append, reason, taken=taken)
+        asyncio.get_running_loop().call_later(min(REFUSAL_SECONDS, self._ack_timeout), fail)
 
     def _fail_all(self, reason: str) -> None:
         # What waits behind a lost append must not overtake its repetition.

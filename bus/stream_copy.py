@@ -58,7 +58,9 @@ class StreamCopy:
             "chunk_size": CHUNK_BYTES,
             "window_size": WINDOW_BYTES,
         }
-        answer = await call(self._connection, f"STREAM.SNAPSHOT.{self._stream}", wanted, seconds=FINISH_SECONDS)
+        answer = await call(
+            self._connection, f"STREAM.SNAPSHOT.{self._stream}", wanted, seconds=FINISH_SECONDS, again=0
+        )
         return StreamHead(answer["config"], answer["state"])
 
     def _delivered(self, subject: bytes, reply: bytes, payload: bytes, headers: bytes | None) -> None:
@@ -90,7 +92,11 @@ async def restore_stream(connection: Connection, head: StreamHead, chunks: Itera
     """Make a stream of what another one was; the server's state of it. Raises `BusError`; then there is none."""
     stream = head.config["name"]
     begun = await call(
-        connection, f"STREAM.RESTORE.{stream}", {"config": head.config, "state": head.state}, seconds=SILENCE_SECONDS
+        connection,
+        f"STREAM.RESTORE.{stream}",
+        {"config": head.config, "state": head.state},
+        seconds=SILENCE_SECONDS,
+        again=0,
     )
     subject = begun["deliver_subject"]
     for chunk in chunks:
@@ -116,7 +122,7 @@ def _refused(connection: Connection, stream: str, payload: bytes) -> CopyFailed:
 async def delete_stream(connection: Connection, stream: str) -> None:
     """Nothing happens where there is none."""
     try:
-        await call(connection, f"STREAM.DELETE.{stream}", seconds=SILENCE_SECONDS)
+        await call(connection, f"STREAM.DELETE.{stream}", seconds=SILENCE_SECONDS, again=0)
     except ApiError as error:
         if error.code != STREAM_NOT_FOUND:
             raise
