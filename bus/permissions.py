@@ -81,7 +81,7 @@ def drivers_of(server: str, workers: int) -> tuple[str, ...]:
 def rights(role: Role, place: Place) -> Rights:
     """The rights of one user."""
     publish, subscribe = {"client": _client, "node": _node, "control": _control, "operator": _operator}[role](place)
-    return Rights(tuple(publish), (f"{place.inbox}.>", *subscribe))
+    return Rights(tuple(dict.fromkeys(publish)), (f"{place.inbox}.>", *subscribe))
 
 
 def _client(place: Place) -> tuple[list[str], list[str]]:
@@ -102,7 +102,8 @@ def _node(place: Place) -> tuple[list[str], list[str]]:
             publish.append(f"{subjects.prefix}.tokens.{driver}.*")
         if not driver.startswith("gpu/"):
             subscribe.append(subjects.heartbeat(driver))
-    publish += _reads(subjects.ledger_stream) + _looks(subjects.tokens_stream) + _looks(subjects.parts_stream)
+    # Tokens: an answer that moves here goes on behind what other workers have written.
+    publish += _reads(subjects.ledger_stream) + _reads(subjects.tokens_stream) + _looks(subjects.parts_stream)
     publish += _answers(place)
     return publish, subscribe
 
@@ -113,7 +114,7 @@ def _control(place: Place) -> tuple[list[str], list[str]]:
     publish += [f"{subjects.said_prefix}>", f"{subjects.prefix}.tokens.*.*", subjects.refused("*")]
     publish.append(subjects.snapshots_filter)
     parts = subjects.parts_stream
-    for stream in (subjects.ledger_stream, subjects.tokens_stream, intake, subjects.snapshots_stream, parts):
+    for stream in _streams(subjects):
         publish += [f"$JS.API.STREAM.{verb}.{stream}" for verb in ("CREATE", "UPDATE")]
     publish += _reads(subjects.ledger_stream) + _reads(subjects.tokens_stream) + _looks(intake) + _looks(parts)
     publish += [*_reads(subjects.snapshots_stream), f"$JS.API.STREAM.PURGE.{subjects.snapshots_stream}"]
@@ -134,13 +135,25 @@ def _operator(place: Place) -> tuple[list[str], list[str]]:
     subjects = place.subjects
     publish = [subjects.fact("*", kind) for kind in OPERATOR_KINDS]
     publish += [subjects.admin(">"), f"{SERVICE}.>"]
-    publish += _reads(subjects.ledger_stream) + _reads(subjects.tokens_stream) + _looks(subjects.intake_stream)
-    publish += _reads(subjects.snapshots_stream)
+    publish += _reads(subjects.ledger_stream) + _reads(subjects.tokens_stream) + _reads(subjects.snapshots_stream)
+    for stream in _streams(subjects):
+        # A backup is the whole of a stream, as the server itself gives it out; it takes it back into no existing one.
+        publish += [*_looks(stream), f"$JS.API.STREAM.SNAPSHOT.{stream}", f"$JS.SNAPSHOT.ACK.{stream}.>"]
+        publish += [f"$JS.API.STREAM.RESTORE.{stream}", f"$JS.SNAPSHOT.RESTORE.{stream}.>"]
     publish += [f"$JS.API.STREAM.UPDATE.{stream}" for stream in (subjects.ledger_stream, subjects.tokens_stream)]
     publish.append(f"$JS.API.STREAM.PURGE.{subjects.ledger_stream}")
-    publish += ["$JS.API.STREAM.SNAPSHOT.*", "$JS.SNAPSHOT.ACK.>", "$JS.API.STREAM.RESTORE.*", "$JS.SNAPSHOT.RESTORE.>"]
     publish += ["$JS.API.INFO", "$JS.API.STREAM.LIST", "$JS.API.STREAM.NAMES", "$JS.API.CONSUMER.LIST.*"]
     return publish, [f"{subjects.prefix}.>", "$JS.EVENT.ADVISORY.>"]
+
+
+def _streams(subjects: Subjects) -> list[str]:
+    return [
+        subjects.ledger_stream,
+        subjects.tokens_stream,
+        subjects.intake_stream,
+        subjects.parts_stream,
+        subjects.snapshots_stream,
+    ]
 
 
 def _looks(stream: str) -> list[str]:
