@@ -21,6 +21,8 @@ from fake_cell import FakeCell
 
 from bus import messages as m
 from bus.ask_output import AskOutput
+from bus.cli import _Wanted
+from bus.contract import Record
 from bus.jetstream import JetStreamBus
 from bus.logprobs import Alternative, TokenLogprobs
 from bus.main import GROUP, main
@@ -255,3 +257,18 @@ def test_an_interrupted_ask_cancels_in_the_cell(nats_server: EmbeddedServer) -> 
 def test_every_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     assert f"Example: longshore {command} " in capsys.readouterr().out
+
+
+def test_tail_of_a_request_shows_what_is_about_each_of_its_answers() -> None:
+    subjects = Subjects("main")
+    wanted = _Wanted(subjects, "aaa", "")
+
+    def seen(body: bytes) -> bool:
+        return wanted(Record(1, 1, subjects.said("requests", "placement", "request.place"), b'{"body":' + body + b"}"))
+
+    assert not seen(b'{"request":"bbb1","attempt":1}'), "not known yet"
+    assert seen(b'{"request":"aaa1","attempt":1}')
+    assert seen(b'{"request":"bbb1","attempt":1,"choice":{"family":"aaa1","index":1,"of":2}}')
+    assert seen(b'{"request":"bbb1","attempt":1}'), "an answer of the request, by the id that it has in the cell"
+    assert not seen(b'{"request":"ccc1","attempt":1,"choice":{"family":"ddd1","index":1,"of":2}}')
+    assert not seen(b'{"request":"ccc1","attempt":1}')
