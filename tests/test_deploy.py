@@ -62,7 +62,7 @@ def test_a_unit_runs_what_there_is(unit: Path) -> None:
         assert found["EnvironmentFile"][0].startswith("/etc/longshore/nats/")
     assert {"NoNewPrivileges", "ProtectSystem", "SystemCallFilter", "User", "Restart"} <= set(found)
     for path in found.get("StateDirectory", []):
-        assert str(VALUES["node.data"]) == f"/var/lib/{path}" or path == "longshore/nats"
+        assert str(VALUES["node.data"]) == f"/var/lib/{path}" or path in ("longshore/nats", "longshore/generations")
 
 
 def test_systemd_finds_nothing_wrong(tmp_path: Path) -> None:
