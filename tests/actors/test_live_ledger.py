@@ -22,7 +22,7 @@ from tests.support.live_cell import CELL, LiveCell, live_cell
 pytestmark = pytest.mark.slow
 SUBJECTS = Subjects(CELL)
 OFTEN = ("--snapshot-facts", "10")
-STREAMS = ("INTAKE", "LEDGER", "SNAPSHOTS", "TOKENS")
+STREAMS = ("INTAKE", "LEDGER", "PARTS", "SNAPSHOTS", "TOKENS")
 
 
 async def command(*arguments: str) -> str:

@@ -76,7 +76,7 @@ async def test_all_comes_back_as_it_was(
         file = tmp_path / "cell.lsbak"
         contents = await write_backup(file, bus)
         assert [part.name for part in contents.streams] == [
-            f"{s}_{CELL}" for s in ("INTAKE", "SNAPSHOTS", "LEDGER", "TOKENS")
+            f"{s}_{CELL}" for s in ("INTAKE", "SNAPSHOTS", "LEDGER", "PARTS", "TOKENS")
         ]
         assert read_contents(file) == contents
         before = await everything(bus)
@@ -147,10 +147,10 @@ async def test_streams_of_others_are_let_be(
     tmp_path: Path, nats_server: EmbeddedServer, empty_server: EmbeddedServer
 ) -> None:
     async with buses(nats_server, empty_server, "mine") as (bus, _):
-        config = {"name": "PARTS_mine", "subjects": ["longshore.mine.part.>"]}
-        await call(bus.raw, "STREAM.CREATE.PARTS_mine", config)
+        config = {"name": "MORE_mine", "subjects": ["longshore.mine.more.>"]}
+        await call(bus.raw, "STREAM.CREATE.MORE_mine", config)
         contents = await write_backup(tmp_path / "a", bus)
-        assert [part.name for part in contents.streams][-1] == "TOKENS_mine" and len(contents.streams) == 5
+        assert [part.name for part in contents.streams][-1] == "TOKENS_mine" and len(contents.streams) == 6
         assert "KV_other" not in [part.name for part in contents.streams]
 
 
