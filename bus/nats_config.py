@@ -136,10 +136,10 @@ def write_configuration(options: ConfigOptions) -> list[Path]:
         directory.mkdir(parents=True, exist_ok=True)
         files: dict[Path, str] = {}
         logins: dict[str, str] = {}
-        for user, _, _ in options.users():
+        for user, role, _ in options.users():
             secret = directory / f"{user}.{'password' if options.identity == 'password' else 'nk'}"
             logins[user] = _login(user, _secret(secret, options.identity), options.identity)
-            files[directory / f"{user}.env"] = _environment(options, user, secret)
+            files[directory / f"{user}.env"] = _environment(options, user, role, secret)
         routes = ""
         if options.cluster:
             routes = _secret(directory / f"{ROUTES_USER}.password", "password")
@@ -193,7 +193,7 @@ def _login(user: str, secret: str, identity: str) -> str:
     return f"user: {json.dumps(user)}, password: {json.dumps(hashed)}"
 
 
-def _environment(options: ConfigOptions, user: str, secret: Path) -> str:
+def _environment(options: ConfigOptions, user: str, role: Role, secret: Path) -> str:
     tls = options.tls
     login = {"user": user, "password_file": str(secret)} if options.identity == "password" else {"nkey": str(secret)}
     said = ConnectionOptions(
@@ -201,6 +201,8 @@ def _environment(options: ConfigOptions, user: str, secret: Path) -> str:
     )
     lines = [f"# How processes of user {user} connect."]
     lines.append(f"LONGSHORE_CELL={options.cell}")
+    if role == "control" and options.cluster:
+        lines.append(f"LONGSHORE_CONTROL_REPLICAS={min(3, len(options.cluster))}")
     lines += [f"{name}={value}" for name, value in said.variables().items() if value]
     if tls is not None and tls.verify:
         lines += [f"# {VARIABLES[name]}=FILE of this side's {what}" for name, what in (("cert", "certificate"),

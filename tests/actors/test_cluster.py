@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
 import pytest
+import trustme
 
 from actors.children import Child
 from actors.replay import verify
 from actors.stub_node import MODEL
 from actors.up import cell_status
 from bus.client import Client
-from bus.contract import Appended, NoAnswer, Record
+from bus.contract import Appended, NoAnswer, Record, Unreachable
 from bus.jetstream import JetStreamBus
+from bus.jetstream_api import stream_info
+from bus.nats_config import ConfigOptions, Member, Tls, write_configuration
 from bus.server_cluster import EmbeddedCluster
+from tests.support.nats_servers import ConfiguredServer, free_ports, login
 
 pytestmark = pytest.mark.slow
 CELL = "three"
 MIB = 1 << 20
 
 
+LIMITS = {
+    "ledger_limit_bytes": 64 * MIB,
+    "tokens_limit_bytes": 64 * MIB,
+    "intake_limit_bytes": 16 * MIB,
+    "parts_limit_bytes": 16 * MIB,
+}
+
+
 @asynccontextmanager
 async def cell_on(cluster: EmbeddedCluster, folder: Path) -> AsyncIterator[JetStreamBus]:
     """Two controls and a node on a cluster; a bus that was told of all servers."""
-    limits = {"ledger_limit_bytes": 64 * MIB, "tokens_limit_bytes": 64 * MIB, "intake_limit_bytes": 16 * MIB}
-    bus = await JetStreamBus.connect(cluster.url, CELL, create=True, replicas=3, **limits)
+    bus = await JetStreamBus.connect(cluster.url, CELL, create=True, replicas=3, **LIMITS)
     common = ["--nats", cluster.url, "--cell", CELL]
     children = [
         Child(f"control-{i}", ["control", *common, "--replicas", "3"], folder / f"control-{i}.log") for i in range(2)
@@ -122,3 +134,34 @@ async def test_the_leader_of_the_ledger_is_killed_under_load(tmp_path: Path) -> 
         verdict = verify(CELL, records)
         assert verdict.difference is None, verdict.sentence
         await other.close()
+
+
+async def test_the_written_files_make_a_cluster_with_tls_and_streams_get_their_replicas(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    issued = authority.issue_cert("127.0.0.1")
+    issued.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "cert.pem"))
+    cert = str(tmp_path / "cert.pem")
+    tls = Tls(cert, cert, str(tmp_path / "ca.pem"), verify=True)
+    ports = free_ports(6)
+    members = [Member(f"n{i}", "127.0.0.1", ports[i], ports[3 + i]) for i in range(3)]
+    folder = tmp_path / "config"
+    options = ConfigOptions(folder, CELL, identity="nkey", cluster=members, tls=tls, store=str(tmp_path / "streams"))
+    write_configuration(options)
+    servers = [ConfiguredServer(folder / f"nats-{member.name}.conf", member.port) for member in members]
+    try:
+        for server in servers:
+            server.start()
+        who = dataclasses.replace(login(folder, "control"), cert=cert)
+        bus = await JetStreamBus.connect(who, CELL, create=True, **LIMITS)
+        await bus.ledger.append(bus.subjects.fact("requests", "request.accepted"), b"{}")
+        await bus.ensure_streams(replicas=3, **LIMITS)
+        for stream in (bus.subjects.ledger_stream, bus.subjects.tokens_stream, bus.subjects.intake_stream):
+            assert (await stream_info(bus.raw, stream))["config"]["num_replicas"] == 3
+        assert (await bus.ledger.usage()).messages == 1
+        await bus.close()
+        with pytest.raises(Unreachable, match="wants a certificate from this side"):
+            await JetStreamBus.connect(dataclasses.replace(who, cert="", url=who.servers[0]), CELL)
+    finally:
+        for server in servers:
+            server.stop()

@@ -403,4 +403,5 @@ def test_a_cluster_with_tls_and_nkeys_is_a_valid_configuration(tmp_path: Path) -
     assert config.count("verify: true") == 2 and "nkey: U" in config
     found = variables(tmp_path / "c" / "control.env")
     assert found["LONGSHORE_NATS"] == "tls://10.0.0.1:4222,tls://10.0.0.2:4333,tls://[::1]:4222"
-    assert found["LONGSHORE_NATS_CA"] == "/tls/ca.pem"
+    assert found["LONGSHORE_NATS_CA"] == "/tls/ca.pem" and found["LONGSHORE_CONTROL_REPLICAS"] == "3"
+    assert "LONGSHORE_CONTROL_REPLICAS" not in variables(tmp_path / "c" / "node.env")
