@@ -172,14 +172,16 @@ def bench_start(
     from rich.table import Table
 
     table = Table(
-        "weights", "first chunk", "on the running instance", "start costs", "reach", "usable after",
-        "from_pretrained, first call", "second", "pages mapped", title="bench start (milliseconds, medians)",
+        "weights", "first chunk", "on the running instance", "start costs", "reach", "waits for the start",
+        "usable after", "from_pretrained, first call", "second", "pages mapped",
+        title="bench start (milliseconds, medians)",
     )  # fmt: skip
     for one in found:
         start = one["start"]
         pages = f"{start['mapped_share']:.0%}, {start['huge_share']:.0%} of them huge"
         shown = [start["first_chunk_ms"], start["attached_first_chunk_ms"], start["start_ms"]]
-        others = [start["usable_at_ms"], one["pretrained_first_ms"], one["pretrained_second_ms"]]
+        waits = start["waited_ms"] - start["attached_waited_ms"]
+        others = [waits, start["usable_at_ms"], one["pretrained_first_ms"], one["pretrained_second_ms"]]
         table.add_row(
             f"{one['bytes'] / 1e9:.2f} GB", *(f"{ms:.1f}" for ms in shown), "60", *(f"{ms:.1f}" for ms in others), pages
         )
