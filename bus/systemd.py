@@ -31,9 +31,9 @@ class Systemd:
         return cls(given.get("NOTIFY_SOCKET", ""), int(micros) / 1e6 if mine and micros.isdigit() else 0.0)
 
     def ready(self) -> None:
+        """Said once; again where it did not get through."""
         if not self._told_ready:
-            self._told_ready = True
-            self._send("READY=1")
+            self._told_ready = self._send("READY=1")
 
     def status(self, sentence: str) -> None:
         """One line, shown by `systemctl status`."""
@@ -49,10 +49,13 @@ class Systemd:
     def stopping(self) -> None:
         self._send("STOPPING=1")
 
-    def _send(self, message: str) -> None:
+    def _send(self, message: str) -> bool:
+        """Whether it got through."""
         if not self.address:
-            return
+            return True
         path = "\0" + self.address[1:] if self.address.startswith("@") else self.address
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as to:
             to.setblocking(False)
             to.sendto(message.encode(), path)
+            return True
+        return False

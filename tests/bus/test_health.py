@@ -118,7 +118,19 @@ def test_a_watchdog_for_another_process_is_none_of_ours() -> None:
     assert Systemd.from_environment({"WATCHDOG_USEC": "5000000", "WATCHDOG_PID": "1"}).watchdog_seconds == 0
     assert Systemd.from_environment({"WATCHDOG_USEC": "5000000"}).watchdog_seconds == 5
     assert Systemd.from_environment({}).address == ""
-    Systemd("/nowhere/at/all").ready()  # a socket that is gone is no error
+
+
+def test_what_did_not_get_through_is_said_again(tmp_path: Path) -> None:
+    systemd = Systemd(str(tmp_path / "notify"))
+    systemd.ready()  # a socket that is not there is no error
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(systemd.address)
+        listener.setblocking(False)
+        systemd.ready()
+        systemd.ready()
+        assert listener.recv(100) == b"READY=1"
+        with pytest.raises(BlockingIOError):
+            listener.recv(100)
 
 
 def test_the_address_is_checked_with_the_other_options() -> None:
