@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import logging
 import re
-import ssl
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -26,6 +25,7 @@ from nats.errors import Error as ClientError
 
 from bus.contract import BusError, Delivery, NoAnswer, NoResponders, NotAllowed, Unreachable
 from bus.credentials import ConnectionOptions
+from bus.refusals import NotTrusted, is_refusal, why_not
 from bus.wire import header_block, parse_headers, publish_frame, status
 
 PING_SECONDS = 5
@@ -40,72 +40,6 @@ _VIOLATION = re.compile(r"permissions violation for (publish|subscription) to \"
 """What a server says where a user lacks a right; nats-py hands it on in lower case."""
 
 _log = logging.getLogger("longshore.bus")
-
-
-class _NotTrusted(ClientError):
-    """The server offers no protected line, and this side was told to use no other one."""
-
-
-def _is_refusal(error: BaseException) -> bool:
-    """Whether the server, or what is known of it, says no: asking again as the same one is no use."""
-    return isinstance(error, ssl.SSLError | _NotTrusted) or _is_about_credentials(str(error))
-
-
-def _is_about_credentials(text: str) -> bool:
-    return "authorization" in text.lower() or "authentication" in text.lower()
-
-
-def _why_not(url: str, errors: list[BaseException], options: ConnectionOptions) -> str:
-    """One sentence for a connection that did not come about."""
-    error = next((one for one in reversed(errors) if _is_refusal(one)), None)
-    text = str(error).lower()
-    if isinstance(error, ssl.SSLCertVerificationError):
-        if "expired" in text:
-            return f"the certificate of the NATS server at {url} has expired: have it renewed"
-        if "mismatch" in text:
-            return (
-                f"the certificate of the NATS server at {url} is not for this address ({error.verify_message}): use "
-                "the name that stands in it"
-            )
-        known = f"the authority in {options.ca}" if options.ca else "an authority that is known here"
-        return (
-            f"the certificate of the NATS server at {url} does not come from {known}: name the file of the right "
-            "authority with --nats-ca FILE"
-        )
-    if isinstance(error, _NotTrusted):
-        return f"the NATS server at {url} offers no TLS, and this side was told to use it: check both configurations"
-    if isinstance(error, ssl.SSLError):
-        if "required" in text or not options.cert:
-            return (
-                f"the NATS server at {url} wants a certificate from this side: give --nats-cert FILE and "
-                f"--nats-key FILE ({error.reason})"
-            )
-        why = "has expired" if "expired" in text else "comes from no authority that it knows, or is not valid"
-        return f"the NATS server at {url} does not take the certificate {options.cert}: it {why} ({error.reason})"
-    if error is not None:
-        return _refused(url, text, options)
-    named = [str(one) for one in errors if str(one).startswith("nats: '")]
-    if named:
-        return f"the NATS server at {url} refuses the connection: {named[-1].removeprefix('nats: ')}"
-    return f"no NATS server answers at {url}: start one with `longshore up`, or pass its address with --nats URL"
-
-
-def _refused(url: str, text: str, options: ConnectionOptions) -> str:
-    if options.creds:
-        who = f"the credentials in {options.creds}: have new ones made"
-    elif options.nkey:
-        who = f"the nkey in {options.nkey}: its public key is no user there"
-    elif options.token:
-        who = "this token"
-    elif options.user:
-        who = f"user {options.user!r} with this password: check both"
-    else:
-        return (
-            f"the NATS server at {url} wants to know who connects: give --nats-user with --nats-password-file (or "
-            "LONGSHORE_NATS_PASSWORD), --nats-nkey or --nats-creds"
-        )
-    expired = ", because they have expired" if "expired" in text else ""
-    return f"the NATS server at {url} refuses {who}{expired}"
 
 
 class Listener(Protocol):
@@ -171,7 +105,7 @@ class Connection(Client):
                 await asyncio.wait([connecting])
                 with contextlib.suppress(Exception):
                     await connection.close()
-        raise Unreachable(_why_not(connection.url, connection._errors, given))
+        raise Unreachable(why_not(connection.url, connection._errors, given))
 
     def _settings(self, name: str) -> dict[str, Any]:
         return {
@@ -189,7 +123,7 @@ class Connection(Client):
     async def _failed(self, error: BaseException) -> None:
         """What nats-py reports: of the first attempts to connect, of reconnects, of permissions."""
         text = str(error) or type(error).__name__
-        telling = "permissions" in text.lower() or _is_refusal(error)
+        telling = "permissions" in text.lower() or is_refusal(error)
         if self.connections:
             # Repeated ten times a second while a server refuses to take us back: said once.
             level = logging.WARNING if telling and text != self._last_told else logging.DEBUG
@@ -198,7 +132,7 @@ class Connection(Client):
             return
         self._errors.append(error)
         # A single server that says no will say so again; of several another one may take us.
-        if _is_refusal(error) and len(self._server_pool) <= 1:
+        if is_refusal(error) and len(self._server_pool) <= 1:
             self._refused.set()
 
     async def _opened(self) -> None:
@@ -220,7 +154,7 @@ class Connection(Client):
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         # nats-py would say who it is in the clear to whoever answers at a tls:// address.
         if initial_connection and self._wants_tls and not info.get("tls_required"):
-            raise _NotTrusted("the server offers no TLS")
+            raise NotTrusted("the server offers no TLS")
         await super()._process_info(info, initial_connection)
 
     async def _process_connect_init(self) -> None:
