@@ -22,6 +22,7 @@ import msgspec
 
 from actors.actor import Actor
 from actors.gpu import Gpu
+from actors.migration import Migration
 from actors.placement import Placement
 from actors.requests import Requests
 from actors.rules import FIRST_RULES, KNOWN_RULES, UnknownRules
@@ -40,6 +41,7 @@ from bus.messages import (
     ProgressReported,
     RequestAccepted,
     RequestEnded,
+    RoundFinished,
     RulesActivated,
     SaidEnvelope,
     SequencesSealed,
@@ -141,6 +143,7 @@ _ALL_ANSWERS = frozenset(kind for kinds in _ANSWER_KINDS.values() for kind in ki
 IN_EPOCH: tuple[type[Message], ...] = (
     *(answer for answers in ANSWERS.values() for answer in answers),
     ProgressReported,
+    RoundFinished,
 )
 """Facts that only a driver may state, inside its epoch."""
 
@@ -504,7 +507,7 @@ def is_actor(name: str) -> bool:
     return name in _SINGLE or name.startswith(("store/", "gpu/"))
 
 
-_SINGLE: dict[str, type[Any]] = {"requests": Requests, "placement": Placement}
+_SINGLE: dict[str, type[Any]] = {"requests": Requests, "placement": Placement, "migration": Migration}
 
 
 def make_actor(name: str) -> Actor:

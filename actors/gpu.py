@@ -9,6 +9,8 @@ Rules
   elsewhere only after its token subject is sealed, because only then is it certain which positions are durable.
 * A model is attached after its lease is granted (it lies in DRAM) and after what had to make room is detached.
   A lease that is refused before that is asked for again afterwards: what is detached makes room in DRAM, too.
+* A sequence that is followed (`standbys`) belongs to another worker until it is resumed: nothing of it is in this
+  epoch's pages, so it needs no seal.
 * A reader whom the driver did not get to before its epoch closed is sent back to the requests.
 """
 
@@ -25,8 +27,20 @@ from bus.messages import (
     AttachModel,
     CancelSequence,
     CancelTaken,
+    CaughtUp,
     DetachModel,
     DriverLost,
+    DropHeir,
+    DropSequence,
+    Following,
+    FollowSequence,
+    GoOn,
+    HandedOver,
+    HandOver,
+    HandOverSequence,
+    HandOverTaken,
+    HeirLost,
+    HeirReady,
     InstanceFailed,
     InstanceReady,
     InstanceStopped,
@@ -39,14 +53,18 @@ from bus.messages import (
     ProgressReported,
     ReaderAdded,
     ReplyTo,
+    ResumeSequence,
+    RoundFinished,
     RunSequence,
     SealedSequence,
     SealTokens,
+    SequenceDropped,
     SequenceEnded,
     SequenceFailed,
     SequenceFinished,
     SequenceRefused,
     SequenceRejected,
+    SequenceReleased,
     SequencesSealed,
     ShowFrom,
     Span,
@@ -93,6 +111,15 @@ class HeldSequence(msgspec.Struct):
     several: bool = False
 
 
+class Standby(msgspec.Struct):
+    """A sequence that runs elsewhere and is followed here; `dropping`: it is to be forgotten."""
+
+    request: str
+    attempt: int
+    model: str
+    dropping: bool = False
+
+
 class Sealing(msgspec.Struct):
     """A closed epoch whose token subject is not sealed yet. `parts`: which parts of the statement have come."""
 
@@ -107,6 +134,7 @@ class GpuState(msgspec.Struct):
     started: WorkerStarted | None = None
     instances: dict[str, Instance] = {}
     sequences: dict[str, HeldSequence] = {}
+    standbys: dict[str, Standby] = {}
     readers: list[AddReader] = []
     sealing: dict[int, Sealing] = {}
 
@@ -143,6 +171,11 @@ class Gpu(Actor):
             self.state.sequences = {}
             said.append(To("sealer", seal))
         said.append(To("placement", WorkerGone(self.name)))
+        for standby in self.state.standbys.values():
+            if not standby.dropping:
+                lost = HeirLost(standby.request, standby.attempt, f"{self.name} was lost")
+                said.append(To("migration", lost))
+        self.state.standbys = {}
         for model in self.state.instances:
             said.append(To(self._store, LeaseReturned(self.name, model)))
         for reader in held_back:
@@ -205,7 +238,8 @@ class Gpu(Actor):
         instance = self.state.instances.get(model)
         if instance is None or instance.status != "running":
             raise Unexpected(f"{self.name} cannot stop {model}: it does not run here")
-        if any(held.model == model for held in self.state.sequences.values()):
+        followed = any(one.model == model and not one.dropping for one in self.state.standbys.values())
+        if followed or any(held.model == model for held in self.state.sequences.values()):
             raise Unexpected(f"{self.name} cannot stop {model}: sequences run on it")
         instance.status = "detaching"
         return [To(self._driver, DetachModel(model))]
@@ -326,6 +360,12 @@ class Gpu(Actor):
         return tuple(one.reply for one in missed)
 
     def on_SequenceRefused(self, message: SequenceRefused, now: int) -> list[To]:
+        standby = self.state.standbys.get(_key(message.request, message.attempt))
+        if standby is not None:
+            if standby.dropping:  # its own answer says when it is gone
+                return []
+            del self.state.standbys[_key(message.request, message.attempt)]
+            return [To("migration", HeirLost(message.request, message.attempt, message.reason))]
         self._drop(message.request, message.attempt)
         return [To("requests", SequenceRejected(message.request, message.attempt, message.reason, retry=message.retry))]
 
@@ -353,6 +393,83 @@ class Gpu(Actor):
             if held is not None:
                 held.next = max(held.next, progress.next)
         return []
+
+    # ---- sequences that move ------------------------------------------------------------------------------------
+
+    def on_Following(self, message: Following, now: int) -> list[To]:
+        """As the source: say where to follow. As the heir: follow."""
+        if message.source == self.name and not message.epoch:
+            held = self.state.sequences.get(_key(message.request, message.source_attempt))
+            if held is None:
+                reason = f"{self.name} does not run it any more"
+                return [To("migration", HeirLost(message.request, message.attempt, reason))]
+            return [To(message.heir, msgspec.structs.replace(message, epoch=self.state.epoch, after=held.after))]
+        instance = self.state.instances.get(message.model)
+        if instance is None or instance.status != "running":
+            reason = f"{message.model} does not run on {self.name}"
+            return [To("migration", HeirLost(message.request, message.attempt, reason))]
+        standby = Standby(message.request, message.attempt, message.model)
+        self.state.standbys[_key(message.request, message.attempt)] = standby
+        follow = FollowSequence(
+            request=message.request,
+            attempt=message.attempt,
+            model=message.model,
+            accepted=message.accepted,
+            source=message.source,
+            epoch=message.epoch,
+            source_attempt=message.source_attempt,
+            after=message.after,
+            position=message.position,
+            history=message.history,
+            generation=message.generation,
+            choice=message.choice,
+        )
+        return [To(self._driver, follow)]
+
+    def on_RoundFinished(self, message: RoundFinished, now: int) -> list[To]:
+        return []
+
+    def on_CaughtUp(self, message: CaughtUp, now: int) -> list[To]:
+        standby = self.state.standbys.get(_key(message.request, message.attempt))
+        if standby is None or standby.dropping:
+            return []
+        return [To("migration", HeirReady(message.request, message.attempt, message.rounds, message.position))]
+
+    def on_DropHeir(self, message: DropHeir, now: int) -> list[To]:
+        standby = self.state.standbys.get(_key(message.request, message.attempt))
+        if standby is None or standby.dropping:
+            return []
+        standby.dropping = True
+        return [To(self._driver, DropSequence(message.request, message.attempt))]
+
+    def on_SequenceDropped(self, message: SequenceDropped, now: int) -> list[To]:
+        self.state.standbys.pop(_key(message.request, message.attempt), None)
+        return []
+
+    def on_HandOver(self, message: HandOver, now: int) -> list[To]:
+        if _key(message.request, message.attempt) not in self.state.sequences:
+            return []
+        return [To(self._driver, HandOverSequence(message.request, message.attempt))]
+
+    def on_HandOverTaken(self, message: HandOverTaken, now: int) -> list[To]:
+        return []
+
+    def on_SequenceReleased(self, message: SequenceReleased, now: int) -> list[To]:
+        self._drop(message.request, message.attempt)
+        self.state.last_page = max(self.state.last_page, message.last_page)
+        span = self._span(message.attempt, message.first, message.next, message.first_page, message.last_page)
+        return [To("requests", HandedOver(message.request, message.attempt, span, message.prompt_tokens))]
+
+    def on_GoOn(self, message: GoOn, now: int) -> list[To]:
+        key = _key(message.request, message.attempt)
+        standby = self.state.standbys.pop(key, None)
+        if standby is None or standby.dropping:
+            reason = f"{self.name} did not follow it"
+            return [To("requests", SequenceRejected(message.request, message.attempt, reason, retry=True))]
+        held = HeldSequence(message.request, message.attempt, standby.model, message.position, self.state.last_page)
+        self.state.sequences[key] = held
+        resume = ResumeSequence(message.request, message.attempt, message.position, message.history, message.replies)
+        return [To(self._driver, resume)]
 
     # ---- what they have in common -----------------------------------------------------------------------------
 

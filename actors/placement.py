@@ -21,7 +21,7 @@ Rules
 
 from __future__ import annotations
 
-from actors.placement_pump import PlacementPump
+from actors.placement_moves import PlacementMoves
 from actors.placement_state import (
     FAILURES_LIMIT,
     SECOND,
@@ -53,7 +53,7 @@ from bus.messages import (
 )
 
 
-class Placement(PlacementPump):
+class Placement(PlacementMoves):
     """See the head of this file."""
 
     # ---- requests ---------------------------------------------------------------------------------------------
@@ -91,6 +91,8 @@ class Placement(PlacementPump):
             instance.used_at = now
             self._index(placed.worker, model, instance)
             return self._use_slot(model, instance, now)
+        if (given_back := self._give_back(message, now)) is not None:
+            return given_back
         queue = self.state.queues.get(message.model)
         if queue is not None and message.request in queue and queue[message.request].attempt == message.attempt:
             self._dequeue(message.model, message.request)

@@ -52,8 +52,12 @@ class PlacementPump(PlacementBooks):
             if other != name and (head is None or state.head(other) < head)
         )
 
+    def _serve_wishes(self, now: int) -> list[To]:
+        """Slots for those who move come first; see `actors.placement_moves`."""
+        raise NotImplementedError
+
     def _pump(self, now: int) -> list[To]:
-        said: list[To] = []
+        said = self._serve_wishes(now) if self.state.wishes else []
         for name in sorted(self.state.queues, key=self.state.head):
             said += self._dispatch(name, now)
         for name in sorted(self.state.queues, key=self.state.head):
@@ -112,7 +116,8 @@ class PlacementPump(PlacementBooks):
                 return said if running else [*said, *self._make_room(name, model)]
             said += self._begin(name, model, options, now)
 
-    def _begin(self, name: str, model: KnownModel, options: list[Option], now: int) -> list[To]:
+    def _begin(self, name: str, model: KnownModel, options: list[Option], now: int, request: str = "") -> list[To]:
+        """Start on the first of `options`: for `request`, or for the first who waits."""
         chosen = options[0]
         candidate = chosen.candidate
         worker = self.state.workers[candidate.worker]
@@ -127,11 +132,11 @@ class PlacementPump(PlacementBooks):
         lease.workers += 1
         self._note_loading(worker.server, server, model)
         undrained = self._undrain(name, now)
-        queue = self.state.queues[name]
+        queue = self.state.queues.get(name, {})
         decided = PlacementDecided(
             model=name,
             worker=candidate.worker,
-            request=next(iter(queue)),
+            request=request or next(iter(queue)),
             waiting=len(queue),
             candidates=tuple(option.candidate for option in options[:CANDIDATES_SHOWN]),
             weighed=len(options),
@@ -236,7 +241,9 @@ class PlacementPump(PlacementBooks):
         said = []
         for model_name, instance in list(worker.instances.items()):
             for request in instance.active:
-                self.state.placed.pop(request, None)
+                for slots in (self.state.placed, self.state.kept):
+                    if request in slots and slots[request].worker == name:
+                        del slots[request]
             self._remove_instance(name, worker, model_name)
             said += self._settle(model_name)
         del self.state.workers[name]

@@ -86,7 +86,8 @@ def _reserved(state: PlacementState, model: KnownModel) -> dict[str, ModelCard]:
     """Workers that are drained for a model with an older request, and that model."""
     if not state.room:
         return {}
-    head = state.head(model.card.model)
+    # Without a queue it is a move that wants the model: everybody who waits comes before.
+    head = state.head(model.card.model) if model.card.model in state.queues else LARGEST
     return {
         room.worker: state.models[other].card
         for other, room in state.room.items()

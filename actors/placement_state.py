@@ -115,8 +115,21 @@ class Placed(msgspec.Struct):
     since: int
 
 
+class SlotWish(msgspec.Struct):
+    """A running sequence wants a slot elsewhere than on `source`: on the server or worker `to`, anywhere if empty.
+    `starts`: how often the model was started for it."""
+
+    attempt: int
+    model: str
+    source: str
+    to: str
+    since: int
+    starts: int = 0
+
+
 class PlacementState(msgspec.Struct):
     """`queues`: waiting requests by model, each in order of acceptance; `room`: what is drained for a model;
+    `placed`: slots in use, and `kept`: slots for those who run elsewhere still, by request; `wishes`: who wants such;
     `removing`: models that go as soon as they are idle; `sizes`: all workers that were ever up; `refused`: the request
     whose several answers were the last not to find room in the queue."""
 
@@ -125,6 +138,8 @@ class PlacementState(msgspec.Struct):
     workers: dict[str, Worker] = {}
     queues: dict[str, dict[str, Waiting]] = {}
     placed: dict[str, Placed] = {}
+    kept: dict[str, Placed] = {}
+    wishes: dict[str, SlotWish] = {}
     sizes: dict[str, WorkerSize] = {}
     room: dict[str, Room] = {}
     removing: dict[str, bool] = {}

@@ -12,7 +12,9 @@ from bus.messages import Choice, Generation, ReplyTo, RequestEnded, RequestsConf
 class Request(msgspec.Struct, omit_defaults=True):
     """One request, or one answer (choice) of a request that asks for several.
 
-    `position` is the first position that is not known to be durable; `deadline` 0 means none.
+    `position` is the first position that is not known to be durable; `deadline` 0 means none. `moving`: somebody else
+    prepares to go on with it; `heir`: the worker that does so when the source lets go, as attempt `heir_attempt`;
+    `tried`: the highest number that an attempt, or one that never began, has had.
     """
 
     model: str
@@ -41,6 +43,10 @@ class Request(msgspec.Struct, omit_defaults=True):
     retry_ms: int = 0
     ended_at: int = 0
     choice: Choice | None = None
+    moving: bool = False
+    heir: str = ""
+    heir_attempt: int = 0
+    tried: int = 0
 
 
 class Family(msgspec.Struct):

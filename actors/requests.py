@@ -13,6 +13,8 @@ Rules
 * An attempt ends at a position; the next one starts there. What lies before is cited (spans), never copied.
 * A repeated acceptance under the same id adds a reader; under another body it is refused.
 * Whoever is told of an end that no worker shows is shown the durable positions with it.
+* While it runs, somebody else may prepare to go on with it (`actors.migration`). Whatever ends the attempt without
+  ending the request then hands it to the heir that was named, at the position that is durable.
 * Ended requests are kept for `retention_ms`, then forgotten; one timer serves them all. A family counts as ended when
   its last answer is: only that ends its readers' streams, and they are told by the reader of control.
 """
@@ -24,11 +26,19 @@ from typing import Literal
 import msgspec
 
 from actors.actor import Actor
+from actors.request_moves import is_meant, not_moved
 from actors.request_state import Family, Request, RequestsState, as_ended
 from bus.messages import (
     CancelRequested,
     Choice,
     ChoicesEnded,
+    DescribeMove,
+    GoOn,
+    HandedOver,
+    HeirLost,
+    MoveDescribed,
+    MoveOver,
+    NameHeir,
     PlacementRefused,
     PlaceRequest,
     ReaderAdded,
@@ -46,6 +56,7 @@ from bus.messages import (
     ShowFrom,
     ShowPositions,
     SlotReleased,
+    SlotTaken,
     Span,
     StopSequence,
     TimerFired,
@@ -243,6 +254,61 @@ class Requests(Actor):
         # Its readers may have been told of the last end before; whoever waits for one more word gets it.
         return said if family.running else [*said, self._all_ended(name, request.model, family, (message.reply,))]
 
+    # ---- from migration ---------------------------------------------------------------------------------------
+
+    def on_DescribeMove(self, message: DescribeMove, now: int) -> list[To]:
+        said: list[To] = []
+        for name in self.state.members(message.request) if message.request else list(self.state.requests):
+            request = self.state.requests.get(name)
+            if request is not None and request.status == "running" and not request.stopping:
+                if is_meant(request, message):
+                    said.append(self._describe(name, request, message))
+            elif message.request:
+                said.append(not_moved(name, request))
+        return said
+
+    def _describe(self, name: str, request: Request, message: DescribeMove) -> To:
+        heir = max(request.attempt, request.tried) + 1
+        if not request.moving:
+            request.moving, request.tried = True, heir
+        described = MoveDescribed(
+            request=name,
+            attempt=request.attempt,
+            heir=heir,
+            model=request.model,
+            worker=request.worker,
+            accepted=request.accepted,
+            position=request.position,
+            history=tuple(request.spans),
+            choice=request.choice,
+            to=message.to,
+            why=message.why,
+        )
+        return To("migration", described)
+
+    def on_NameHeir(self, message: NameHeir, now: int) -> list[To]:
+        request = self.state.requests.get(message.request)
+        if request is not None and request.moving:
+            request.heir, request.heir_attempt = message.worker, message.attempt
+        return []
+
+    def on_HeirLost(self, message: HeirLost, now: int) -> list[To]:
+        request = self.state.requests.get(message.request)
+        if request is not None and request.heir_attempt == message.attempt:
+            request.heir = ""
+        return []
+
+    def on_HandedOver(self, message: HandedOver, now: int) -> list[To]:
+        request = self._running(message.request, message.attempt)
+        if request is None:
+            return []
+        request.prompt_tokens = message.prompt_tokens or request.prompt_tokens
+        said = self._advance(message.request, request, message.span)
+        released = To("placement", SlotReleased(message.request, message.attempt, request.model))
+        if request.stopping:
+            return [*said, *self._end(message.request, request, now, self._stopped(request)), released]
+        return [released, *said, *self._again(message.request, request)]
+
     # ---- what they have in common -----------------------------------------------------------------------------
 
     def _running(self, name: str, attempt: int) -> Request | None:
@@ -263,9 +329,34 @@ class Requests(Actor):
         return [To("reader", ShowPositions(name, request.model, streams, (span,), request.choice))]
 
     def _again(self, name: str, request: Request) -> list[To]:
+        """Its heir goes on with it; without one it is placed anew."""
+        if request.heir:
+            return self._inherit(name, request)
+        said = self._no_move(name, request, "the source let go before anybody could go on")
         request.status, request.worker = "queued", ""
-        request.attempt += 1
-        return [self._wish(name, request)]
+        request.attempt = request.tried = max(request.attempt, request.tried) + 1
+        return [*said, self._wish(name, request)]
+
+    def _inherit(self, name: str, request: Request) -> list[To]:
+        over = MoveOver(name, request.attempt, moved=True)
+        request.worker, request.attempt = request.heir, request.heir_attempt
+        request.heir, request.moving = "", False
+        # A reader of the stream was shown what is durable; whatever it missed, it asks for.
+        replies = tuple(
+            reply if reply.single else msgspec.structs.replace(reply, start=max(reply.start, request.position))
+            for reply in request.replies
+        )
+        go_on = GoOn(name, request.attempt, request.position, tuple(request.spans), replies)
+        taken = To("placement", SlotTaken(name, request.attempt))
+        return [To(request.worker, go_on), taken, To("migration", over)]
+
+    @staticmethod
+    def _no_move(name: str, request: Request, reason: str) -> list[To]:
+        """Whoever prepares to go on with it is told that there is nothing to go on with."""
+        if not request.moving:
+            return []
+        request.moving, request.heir = False, ""
+        return [To("migration", MoveOver(name, request.attempt, reason=reason))]
 
     @staticmethod
     def _wish(name: str, request: Request) -> To:
@@ -328,6 +419,7 @@ class Requests(Actor):
         shown: bool = False,
         missed: tuple[ReplyTo, ...] = (),
     ) -> list[To]:
+        over = self._no_move(name, request, f"it ended as {outcome}")
         request.status, request.worker, request.ended_at = "ended", "", now
         request.outcome, request.end, request.code, request.reason = outcome, end, code, reason
         request.retry_ms = retry_ms
@@ -340,7 +432,7 @@ class Requests(Actor):
             self.state.ended[name] = now
         else:
             said += self._end_in_family(request.choice.family, request.model, now)
-        return [*said, *self._arm_retention(now)]
+        return [*said, *over, *self._arm_retention(now)]
 
     def _end_in_family(self, name: str, model: str, now: int) -> list[To]:
         """One of its answers has ended; after the last one, everybody who reads the family is told so."""

@@ -67,6 +67,9 @@ class SequenceStart:
     `generated` are the tokens of the answer that are durable already: they are computed again and not emitted again,
     and the next event has position `len(generated)`.
 
+    With `held` it belongs to another engine still: its cache is computed, tokens that are made there come by `extend`,
+    and nothing is emitted before `release`.
+
     With `inputs` it is an embedding, and has no prompt: position i is the vector of input i, and `generated` has the
     number of tokens of each input whose vector is durable.
     """
@@ -76,6 +79,7 @@ class SequenceStart:
     generated: tuple[int, ...]
     sampling: Sampling
     inputs: tuple[tuple[int, ...], ...] = ()
+    held: bool = False
 
     @property
     def prompt_tokens(self) -> int:
@@ -140,6 +144,18 @@ class Engine(Protocol):
 
     def active(self) -> int:
         """Sequences that hold a slot."""
+
+    def busy(self) -> bool:
+        """Whether a step has something to compute: sequences that are held and up to date want none."""
+
+    def extend(self, key: str, tokens: Sequence[int]) -> None:
+        """The next tokens of the answer of a held sequence, made elsewhere."""
+
+    def left(self, key: str) -> int:
+        """Tokens of a held sequence whose cache is still to be computed before it may go on without a prefill."""
+
+    def release(self, key: str) -> None:
+        """A held sequence goes on here: its next token comes with a following step."""
 
     def step(self) -> Sequence[Event]:
         """Compute once: at most one prefill chunk and one token per decoding sequence; [] when there is nothing to do.

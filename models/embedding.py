@@ -146,13 +146,32 @@ class EmbeddingEngine:
         """Sequences that hold a slot."""
         return len(self._waiting) + (self.decoder.active() if self.decoder is not None else 0)
 
+    def busy(self) -> bool:
+        """Whether a step has something to compute."""
+        return bool(self._waiting) or (self.decoder is not None and self.decoder.busy())
+
+    def extend(self, key: str, tokens: Sequence[int]) -> None:
+        """See `models.contract.Engine`; only a decoder holds sequences that run elsewhere."""
+        assert self.decoder is not None
+        self.decoder.extend(key, tokens)
+
+    def left(self, key: str) -> int:
+        """See `models.contract.Engine`."""
+        assert self.decoder is not None
+        return self.decoder.left(key)
+
+    def release(self, key: str) -> None:
+        """See `models.contract.Engine`."""
+        assert self.decoder is not None
+        self.decoder.release(key)
+
     def step(self) -> Sequence[Event]:
         """A step of the decoder, and the next vectors of those that wait for some."""
         if not self._waiting:
             return self.decoder.step() if self.decoder is not None else []
         events: list[Event] = []
         budget = STEP_TOKENS
-        if self.decoder is not None and self.decoder.active():
+        if self.decoder is not None and self.decoder.busy():
             events += self.decoder.step()
             budget = DEFAULT_PREFILL_CHUNK
         return events + self._embed(budget)

@@ -20,11 +20,13 @@ from models.errors import ModelError
 from models.likelihood import Likelihood, measure
 from models.masks import masks
 from models.sampling import choose
-from models.sequence import Sequence
+from models.sequence import Sequence, common_prefix
 from models.shaping import shape
 from models.slot_cache import SlotCache, bytes_per_token
 
 DEFAULT_PREFILL_CHUNK = 256
+SHARED_AT_LEAST = 32
+"""Tokens of a common beginning that are worth a copy of the cache."""
 
 
 class SlotEngine:
@@ -92,6 +94,22 @@ class SlotEngine:
         """Sequences that hold a slot."""
         return len(self._by_key)
 
+    def busy(self) -> bool:
+        """Whether a step has something to compute."""
+        return bool(self._decoding) or any(row.due or not row.held for row in self._by_key.values())
+
+    def extend(self, key: str, tokens: Iterable[int]) -> None:
+        """The next tokens of a held sequence."""
+        self._by_key[key].extend(tokens)
+
+    def left(self, key: str) -> int:
+        """Tokens of a held sequence that are still to be computed."""
+        return self._by_key[key].due
+
+    def release(self, key: str) -> None:
+        """A held sequence goes on here."""
+        self._by_key[key].held = False
+
     def step(self) -> list[TokenEvent]:
         """At most one prefill chunk and one token for every sequence that decodes."""
         if not self._by_key:
@@ -113,13 +131,33 @@ class SlotEngine:
         events: list[TokenEvent] = []
         for sequence in waiting:
             sequence.replay()
-            if sequence.ended is not None:
+            if sequence.held and not sequence.due:
+                continue
+            if sequence.ended is not None and not sequence.held:
                 events.append(sequence.already_over())
                 self._leave(sequence)
                 continue
+            self._share_prefix(sequence)
             rows, tokens = self._chunk(sequence)
-            return events + self._run(rows, [min(row.left, tokens) for row in rows])
+            return events + self._run(rows, [min(row.due, tokens) for row in rows])
         return events
+
+    def _share_prefix(self, sequence: Sequence) -> None:
+        """What another slot has computed of the same beginning is copied: answers of one prompt, or several that move
+        here together, pay for it once.
+        """
+        if sequence.cached:
+            return
+        best, source = SHARED_AT_LEAST - 1, None
+        most = sequence.due if sequence.held else sequence.due - 1
+        for row in self._by_key.values():
+            if row is not sequence and not row.poisoned and row.cached > best:
+                same = common_prefix(row.tokens, sequence.tokens, min(row.cached, most))
+                if same > best:
+                    best, source = same, row.slot
+        if source is not None:
+            self._cache.move(source, sequence.slot, best)
+            sequence.cached = best
 
     def _chunk(self, oldest: Sequence) -> tuple[list[Sequence], int]:
         """Rows of the next prefill chunk and the most tokens that one of them gets.
@@ -127,20 +165,26 @@ class SlotEngine:
         The oldest goes as far as the budget lets it. Rows in the slots right behind it come along when that does not
         slow it down: a burst of short prompts costs one forward pass and not one each.
         """
-        best, best_tokens, best_fed = [oldest], min(oldest.left, self._prefill_chunk), 0
+        best, best_tokens, best_fed = [oldest], min(oldest.due, self._prefill_chunk), 0
         rows: list[Sequence] = []
         for row in self._present(oldest.slot, self.slots):
             row.replay()
-            if row.ended is not None:
+            if row.ended is not None or not row.due or (row is not oldest and self._will_share(row, oldest)):
                 break
             rows.append(row)
-            tokens = min(max(row.left for row in rows), self._prefill_chunk // len(rows))
-            if tokens < min(oldest.left, self._prefill_chunk):
+            tokens = min(max(row.due for row in rows), self._prefill_chunk // len(rows))
+            if tokens < min(oldest.due, self._prefill_chunk):
                 break
-            fed = sum(min(row.left, tokens) for row in rows)
+            fed = sum(min(row.due, tokens) for row in rows)
             if fed > best_fed:
                 best, best_tokens, best_fed = list(rows), tokens, fed
         return best, best_tokens
+
+    @staticmethod
+    def _will_share(row: Sequence, oldest: Sequence) -> bool:
+        """Whether a row that waits will find its beginning computed by the one before it."""
+        most = min(row.due, oldest.due) if not row.cached else 0
+        return most >= SHARED_AT_LEAST and common_prefix(row.tokens, oldest.tokens, most) >= SHARED_AT_LEAST
 
     def _present(self, first: int, end: int) -> list[Sequence]:
         """The rows from slot `first` up to the first free slot or `end`."""

@@ -15,7 +15,8 @@ from models.stops import StopFilter
 
 class Sequence:
     """`tokens` is prompt and answer; `cached` of them are in the KV cache, at `slot`; `poisoned`
-    when its numbers were not finite; `shaping` is None where the request changes no logits.
+    when its numbers were not finite; `held` while it belongs to another engine; `shaping` is None where the request
+    changes no logits.
 
     Text and end follow from the tokens alone: an answer that is continued elsewhere goes on with the same pieces.
     """
@@ -28,6 +29,7 @@ class Sequence:
         "_stops",
         "cached",
         "ended",
+        "held",
         "poisoned",
         "shaping",
         "slot",
@@ -41,6 +43,7 @@ class Sequence:
         self.tokens = [*start.prompt, *start.generated]
         self.cached = 0
         self.poisoned = False
+        self.held = start.held
         self.ended: str | None = None
         self._decode = decode
         self._eos = eos.union(start.sampling.stop_tokens) if start.sampling.stop_tokens else eos
@@ -58,6 +61,18 @@ class Sequence:
     def left(self) -> int:
         """Tokens that are not in the cache yet; 1 while it decodes."""
         return len(self.tokens) - self.cached
+
+    @property
+    def due(self) -> int:
+        """Tokens to compute now: a held sequence keeps its last one back, which would make it answer."""
+        return self.left - 1 if self.held else self.left
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Tokens of the answer that another engine made."""
+        self.replay()
+        for token in tokens:
+            self.tokens.append(token)
+            self.ended = self._text(token, self.position)[1] or self.ended
 
     def replay(self) -> None:
         """Bring text and end to where `generated` left them; the second call does nothing."""
@@ -113,3 +128,10 @@ def answer_texts(start: SequenceStart, decode: Decode, eos: Iterable[int]) -> tu
     sequence = Sequence(replace(start, generated=()), 0, decode, frozenset(eos), unlimited)
     sequence.replay()
     return tuple(sequence.take(token).text for token in start.generated)
+
+
+def common_prefix(one: list[int], other: list[int], most: int) -> int:
+    """How many of their first `most` tokens are the same."""
+    if one[:most] == other[:most]:
+        return most
+    return next(index for index in range(most) if one[index] != other[index])

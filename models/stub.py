@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from bus.logprobs import Alternative, TokenLogprobs
@@ -37,6 +37,7 @@ class _Stubbed:
     ended: str | None
     passed: set[int]
     eos: frozenset[int]
+    held: bool
 
 
 class StubEngine:
@@ -87,6 +88,7 @@ class StubEngine:
             ended=None,
             passed=passed,
             eos=self._eos.union(sampling.stop_tokens),
+            held=start.held,
         )
         if start.inputs:
             sequence.position = len(start.generated)
@@ -102,9 +104,28 @@ class StubEngine:
         """Sequences that hold a slot."""
         return len(self._sequences)
 
+    def busy(self) -> bool:
+        """Whether a step has something to do."""
+        return any(not sequence.held or sequence.prefill_left for sequence in self._sequences.values())
+
+    def extend(self, key: str, tokens: Iterable[int]) -> None:
+        """The next tokens of a held sequence."""
+        sequence = self._sequences[key]
+        for token in tokens:
+            sequence.prefill_left += 1
+            sequence.ended = self._take(sequence, token)[1] or sequence.ended
+
+    def left(self, key: str) -> int:
+        """Tokens of a held sequence that are still to be computed."""
+        return self._sequences[key].prefill_left
+
+    def release(self, key: str) -> None:
+        """A held sequence goes on here."""
+        self._sequences[key].held = False
+
     def step(self) -> list[Event]:
         """One prefill chunk shared by those that wait, one token for each of those that decode."""
-        if not self._sequences:
+        if not self.busy():
             return []
         if self._wait is not None:
             self._wait()
@@ -116,13 +137,13 @@ class StubEngine:
                 if vectors.done:
                     del self._sequences[key]
                 continue
-            if sequence.ended is not None:
+            if sequence.ended is not None and not sequence.held:
                 event = TokenEvent(key, sequence.position, NO_TOKEN, "", sequence.ended)
             else:
                 fed = min(sequence.prefill_left, budget)
                 sequence.prefill_left -= fed
                 budget -= fed
-                if sequence.prefill_left:
+                if sequence.prefill_left or sequence.held:
                     continue
                 position = sequence.position
                 token = self._token(sequence)

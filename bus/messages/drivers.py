@@ -8,6 +8,16 @@ import msgspec
 from msgspec import Meta
 
 from bus.messages.envelope import Count, Digest, Message, Name, Positive, Text
+from bus.messages.migration import (
+    CaughtUp,
+    DropSequence,
+    FollowSequence,
+    HandOverSequence,
+    HandOverTaken,
+    ResumeSequence,
+    SequenceDropped,
+    SequenceReleased,
+)
 from bus.messages.placement import HeldModel, ModelCard
 from bus.messages.requests import Choice, Generation, ReplyTo, Span
 
@@ -161,7 +171,8 @@ class StartSequence(Message, frozen=True, tag="sequence.start"):
     `generation`: the prompt itself where it is small. `choice`: the seed is larger by its index, readers are shown the
     family's id, and the worker ends nobody's stream.
 
-    Answer: sequence.finished, sequence.refused, sequence.failed, each after the last page is acknowledged.
+    Answer: sequence.finished, sequence.refused, sequence.failed, sequence.released, each after the last page is
+    acknowledged.
     """
 
     request: Name
@@ -310,7 +321,11 @@ ANSWERS: dict[type[Message], tuple[type[Message], ...]] = {
     DeleteModel: (ModelDeleted, ModelMissing),
     AttachModel: (ModelAttached, AttachFailed),
     DetachModel: (ModelDetached,),
-    StartSequence: (SequenceFinished, SequenceRefused, SequenceFailed),
+    StartSequence: (SequenceFinished, SequenceRefused, SequenceFailed, SequenceReleased),
+    ResumeSequence: (SequenceFinished, SequenceRefused, SequenceFailed, SequenceReleased),
+    FollowSequence: (CaughtUp, SequenceRefused),
+    HandOverSequence: (HandOverTaken,),
+    DropSequence: (SequenceDropped,),
     CancelSequence: (CancelTaken,),
     AddReader: (ReaderAdded,),
 }

@@ -1,0 +1,105 @@
+"""Slots for sequences that run elsewhere and are to move: kept while they are prepared, taken when they go on.
+
+A wish is served before the queues: whoever moves frees a slot where it comes from. A model that has no free slot in an
+allowed place is started there, as it would be for a waiting request, on memory that is free or idle.
+"""
+
+from __future__ import annotations
+
+from actors.placement_pump import PlacementPump
+from actors.placement_start import best_options
+from actors.placement_state import KnownModel, Placed, SlotWish
+from bus.messages import SlotDenied, SlotKept, SlotReleased, SlotTaken, To, WantSlot
+
+STARTS_LIMIT = 2
+"""How often a model is started for one wish: a move is no reason to go on failing."""
+
+
+class PlacementMoves(PlacementPump):
+    """Keeps slots for moves."""
+
+    def on_WantSlot(self, message: WantSlot, now: int) -> list[To]:
+        wish = SlotWish(message.attempt, message.model, message.source, message.to, now)
+        self.state.wishes[message.request] = wish
+        return self._serve_wishes(now)
+
+    def on_SlotTaken(self, message: SlotTaken, now: int) -> list[To]:
+        kept = self.state.kept.get(message.request)
+        if kept is None or kept.attempt != message.attempt:
+            return []
+        del self.state.kept[message.request]
+        self.state.placed[message.request] = kept
+        return []
+
+    def _give_back(self, message: SlotReleased, now: int) -> list[To] | None:
+        """A slot that was kept, or only wished for, is not wanted any more; None where it was neither."""
+        wish = self.state.wishes.get(message.request)
+        if wish is not None and wish.attempt == message.attempt:
+            del self.state.wishes[message.request]
+            return []
+        kept = self.state.kept.get(message.request)
+        if kept is None or kept.attempt != message.attempt:
+            return None
+        del self.state.kept[message.request]
+        model, instance = self.state.models.get(kept.model), self._instance(kept.worker, kept.model)
+        if model is None or instance is None:
+            return []
+        instance.active.pop(message.request, None)
+        instance.used_at = now
+        self._index(kept.worker, model, instance)
+        return self._use_slot(model, instance, now)
+
+    def _serve_wishes(self, now: int) -> list[To]:
+        said: list[To] = []
+        for request, wish in list(self.state.wishes.items()):
+            model = self.state.models.get(wish.model)
+            if model is None or model.removed:
+                said.append(self._deny(request, wish, f"{wish.model} is not served any more"))
+                continue
+            worker = self._open_elsewhere(model, wish)
+            if worker is not None:
+                said.append(self._keep(request, wish, model, worker, now))
+            elif not self._starts_elsewhere(model, wish):
+                said += self._start_elsewhere(request, wish, model, now)
+        return said
+
+    def _is_allowed(self, worker: str, wish: SlotWish) -> bool:
+        return worker != wish.source and wish.to in ("", worker, self.state.workers[worker].server)
+
+    def _open_elsewhere(self, model: KnownModel, wish: SlotWish) -> str | None:
+        """The allowed running instance with the most free slots."""
+        for free in sorted(model.open, reverse=True):
+            for worker in model.open[free]:
+                if self._is_allowed(worker, wish):
+                    return worker
+        return None
+
+    def _starts_elsewhere(self, model: KnownModel, wish: SlotWish) -> bool:
+        return any(
+            self._is_allowed(worker, wish)
+            and self.state.workers[worker].instances[model.card.model].status == "starting"
+            for worker in model.instances
+        )
+
+    def _keep(self, request: str, wish: SlotWish, model: KnownModel, worker: str, now: int) -> To:
+        del self.state.wishes[request]
+        instance = self.state.workers[worker].instances[wish.model]
+        instance.active[request] = wish.attempt
+        instance.used_at = now
+        self._index(worker, model, instance)
+        self.state.kept[request] = Placed(worker, wish.model, wish.attempt, now)
+        return To("migration", SlotKept(request, wish.attempt, worker))
+
+    def _start_elsewhere(self, request: str, wish: SlotWish, model: KnownModel, now: int) -> list[To]:
+        options, _ = best_options(self.state, model, unmet=1, running=False, rules=self.rules)
+        allowed = [option for option in options if self._is_allowed(option.candidate.worker, wish)]
+        if not allowed or wish.starts >= STARTS_LIMIT:
+            where = wish.to or "elsewhere"
+            why = "has no room for it" if not wish.starts else "did not start it"
+            return [self._deny(request, wish, f"{wish.model}: no free slot, and {where} {why}")]
+        wish.starts += 1
+        return self._begin(wish.model, model, allowed, now, request)
+
+    def _deny(self, request: str, wish: SlotWish, reason: str) -> To:
+        del self.state.wishes[request]
+        return To("migration", SlotDenied(request, wish.attempt, reason))
