@@ -15,14 +15,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from dataclasses import replace
 from typing import Any
-
-from msgspec import structs
 
 from actors.driver import FACTS_IN_FLIGHT, Epoch
 from actors.driver_core import Effect, EpochOver
 from actors.token_writer import Fenced, TokenWriter
+from actors.worker_following import Followers
+from actors.worker_preparing import Preparing
 from actors.worker_prompts import NotKept, Prompts
 from actors.worker_runtime import AttachRefused, PromptRefused, StepResult, WorkerRuntime
 from actors.worker_sequences import Batch, HeldSequence, ReplyReader, split_pages
@@ -35,12 +34,17 @@ from bus.messages import (
     CancelSequence,
     CancelTaken,
     DetachModel,
+    DropSequence,
+    FollowSequence,
+    HandOverSequence,
+    HandOverTaken,
     Message,
     ModelAttached,
     ModelDetached,
     ProgressReported,
     ReaderAdded,
     ReplyTo,
+    ResumeSequence,
     SequenceRefused,
     StartSequence,
     WorkerStarted,
@@ -49,7 +53,7 @@ from bus.messages import (
 from bus.pages import Page, PageEnd, encode_page
 from bus.subjects import Subjects
 from bus.tasks import Tasks
-from models.contract import NO_TOKEN, AdmissionRefused, Engine, Sampling, SequenceStart, VectorEvent
+from models.contract import NO_TOKEN, AdmissionRefused, Engine, VectorEvent
 
 PROGRESS_SECONDS = 1.0
 PROGRESS_LIMIT = 256
@@ -107,7 +111,7 @@ class _Work:
     def __init__(self, bus: Bus, subjects: Subjects, name: str, runtime: WorkerRuntime, epoch: Epoch) -> None:
         self._epoch = epoch
         self._runtime = runtime
-        self._prompts = Prompts(bus.ledger, bus.tokens, bus.parts, subjects)
+        prompts = Prompts(bus.ledger, bus.tokens, bus.parts, subjects)
         self._showing = Showing(bus)
         self._writer = TokenWriter(bus.tokens, subjects.tokens(name, epoch.number), publisher=epoch.boot)
         self._tasks = Tasks()
@@ -125,6 +129,17 @@ class _Work:
         self._unshown: dict[str, bool] = {}
         self._pages = 0
         self._progress_at = self._now()
+        self._preparing = Preparing(prompts, runtime, self._engines)
+        self._followers = Followers(
+            epoch,
+            bus.tokens,
+            subjects,
+            self._preparing,
+            runtime,
+            self._engines,
+            self._tasks,
+            self._compute_wanted.set,
+        )
 
     async def run(self) -> None:
         try:
@@ -152,6 +167,14 @@ class _Work:
             elif isinstance(message, DetachModel):
                 self._detaching.append(effect)
                 self._compute_wanted.set()
+            elif isinstance(message, FollowSequence):
+                self._followers.follow(effect.number, message)
+            elif isinstance(message, ResumeSequence):
+                self._followers.resume(effect.number, message)
+            elif isinstance(message, DropSequence):
+                self._followers.drop(effect.number, message)
+            elif isinstance(message, HandOverSequence):
+                self._hand_over(effect.number, message)
             else:
                 raise EpochOver(f"a worker does not know how to obey {kind_of(message)}")
 
@@ -192,6 +215,13 @@ class _Work:
             self._compute_wanted.set()
         self._epoch.state(CancelTaken(message.request, message.attempt, sequence is not None), answers=number)
 
+    def _hand_over(self, number: int, message: HandOverSequence) -> None:
+        sequence = self._held.get(f"{message.request}/{message.attempt}")
+        if sequence is not None and not sequence.stopping:
+            sequence.stopping = "handed-over"
+            self._compute_wanted.set()
+        self._epoch.state(HandOverTaken(message.request, message.attempt, sequence is not None), answers=number)
+
     def _add_reader(self, number: int, message: AddReader) -> None:
         sequence = self._held.get(f"{message.request}/{message.attempt}")
         if sequence is not None:
@@ -207,48 +237,19 @@ class _Work:
 
     async def _prepare(self, sequence: HeldSequence) -> None:
         """Gather prompt and earlier tokens; then it waits for its slot, or is refused."""
-        effect = sequence.effect
         try:
-            if effect.model not in self._engines:
-                raise AttachRefused(f"{effect.model} is not attached here", retry=True)
-            generation = effect.generation or await self._prompts.generation(effect)
-            generation = await self._prompts.assembled(generation)
-            earlier = await self._prompts.earlier(
-                effect, logprobs=generation.logprobs >= 0, vectors=generation.inputs is not None
-            )
-            if effect.choice is not None:
-                generation = structs.replace(generation, seed=generation.seed + effect.choice.index)
-            encoded = await self._runtime.encode(effect.model, generation)
-            if encoded.inputs:
-                start = SequenceStart(sequence.key, (), earlier.tokens, encoded.sampling, encoded.inputs)
-                texts: tuple[str, ...] = ("",) * len(earlier.tokens)
-            else:
-                sampling = self._fit(effect.model, len(encoded.prompt), encoded.sampling)
-                start = SequenceStart(sequence.key, encoded.prompt, earlier.tokens, sampling)
-                texts = await self._runtime.texts(effect.model, start) if earlier.tokens else ()
+            prepared = await self._preparing.gather(sequence.effect)
         except AttachRefused as refused:
             self._refuse(sequence, str(refused), retry=refused.retry)
         except (PromptRefused, NotKept) as refused:
             self._refuse(sequence, str(refused))
         else:
-            sequence.prepare(start, texts, earlier.logprobs, earlier.vectors)
+            earlier = prepared.earlier
+            sequence.prepare(prepared.start, prepared.texts, earlier.logprobs, earlier.vectors)
             self._admission.append(sequence)
             self._compute_wanted.set()
             if earlier.tokens:
                 self._show_soon(sequence)
-
-    def _fit(self, model: str, prompt_tokens: int, sampling: Sampling) -> Sampling:
-        """The answer is cut to what the context leaves. Raises `PromptRefused` where that is nothing."""
-        engine = self._engines.get(model)
-        if engine is None:
-            raise AttachRefused(f"{model} is not attached here any more", retry=True)
-        if not prompt_tokens:
-            raise PromptRefused("the prompt has no tokens: send at least one")
-        if prompt_tokens >= engine.context:
-            raise PromptRefused(
-                f"the prompt has {prompt_tokens} tokens, the context of {model} is {engine.context}: shorten it"
-            )
-        return replace(sampling, max_tokens=min(sampling.max_tokens, engine.context - prompt_tokens))
 
     def _refuse(self, sequence: HeldSequence, reason: str, *, retry: bool = False) -> None:
         effect = sequence.effect
@@ -266,7 +267,10 @@ class _Work:
             await self._stop(batch)
             await self._detach(batch)
             self._admit()
-            engines = [(model, engine) for model, engine in self._engines.items() if engine.active()]
+            for sequence in await self._followers.feed():
+                self._held[sequence.key] = sequence
+                self._show_soon(sequence)
+            engines = [(model, engine) for model, engine in self._engines.items() if engine.busy()]
             if engines:
                 for result in await self._runtime.step(engines):
                     await self._absorb(result, batch)
@@ -349,7 +353,8 @@ class _Work:
             raise EpochOver(f"the engine of {result.model} cannot be cleared after an error: {result.error}")
 
     async def _fail_all(self, model: str, batch: Batch, reason: str) -> None:
-        leaving = []
+        self._followers.fail(model, reason)
+        leaving = self._followers.leaving()
         for sequence in self._held.values():
             if sequence.effect.model == model and sequence.running and not sequence.leaving:
                 leaving.append((self._engines[model], sequence.key))
@@ -394,7 +399,8 @@ class _Work:
                 for sequence, _ in entries:
                     await self._showing.show(sequence)
                     if sequence.ended:
-                        self._let_go(sequence, sequence.finished(self._now()))
+                        moved = sequence.end == "handed-over"
+                        self._let_go(sequence, sequence.released() if moved else sequence.finished(self._now()))
         for sequence in batch.failed:
             self._let_go(sequence, sequence.failed())
         self._report_progress()

@@ -7,14 +7,22 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from bus.logprobs import TokenLogprobs
-from bus.messages import ReplyTo, SequenceFailed, SequenceFinished, SequenceProgress, StartSequence, extend_chain
+from bus.messages import (
+    ReplyTo,
+    SequenceFailed,
+    SequenceFinished,
+    SequenceProgress,
+    SequenceReleased,
+    StartSequence,
+    extend_chain,
+)
 from bus.pages import Page, PageEnd, PageSequence, encode_page
 from models.contract import SequenceStart
 
 PAGE_LIMIT_BYTES = 500_000
 """Pages beyond this are split; a server takes 1 MB by default."""
 
-Stop = Literal["", "cancelled", "deadline"]
+Stop = Literal["", "cancelled", "deadline", "handed-over"]
 
 
 def tokens_digest(tokens: Iterable[int], digest: str = "") -> str:
@@ -71,6 +79,11 @@ class HeldSequence:
         return self.start.prompt_tokens if self.start is not None else 0
 
     @property
+    def over(self) -> bool:
+        """The answer ends here, and its readers are told so: it is not merely handed over."""
+        return self.ended and self.end != "handed-over"
+
+    @property
     def leaving(self) -> bool:
         """Nothing more is decoded for it."""
         return bool(self.end or self.failure)
@@ -118,6 +131,18 @@ class HeldSequence:
             tokens_digest=self.digest,
             prefill_ns=int(prefill * 1e9),
             total_ns=int(max(0.0, now - self.arrived) * 1e9),
+        )
+
+    def released(self) -> SequenceReleased:
+        return SequenceReleased(
+            request=self.effect.request,
+            attempt=self.effect.attempt,
+            first=self.effect.position,
+            next=self.durable,
+            first_page=self.first_page,
+            last_page=self.last_page,
+            prompt_tokens=self.prompt_tokens,
+            tokens_digest=self.digest,
         )
 
     def failed(self) -> SequenceFailed:

@@ -37,8 +37,8 @@ class Showing:
         reply = reader.reply
         headers = reply_headers(reply.encoding)
         while not reader.done:
-            first = min(reader.next, sequence.durable) if sequence.ended else reader.next
-            if first >= sequence.durable and not sequence.ended:
+            first = min(reader.next, sequence.durable) if sequence.over else reader.next
+            if first >= sequence.durable and not sequence.over:
                 return
             following = sequence.durable if reply.single else min(sequence.durable, first + _most(sequence))
             payload = self._chunk(sequence, first, following, reader)
@@ -50,7 +50,7 @@ class Showing:
                 whole = Chunk(sequence.effect.request, first, (), "", usage=usage)
                 payload = encode_chunk(too_large(whole, len(payload)), reply.encoding)
             reader.next = following
-            last = sequence.ended and following == sequence.durable
+            last = sequence.over and following == sequence.durable
             reader.done = last
             await self._bus.publish(reply.subject, payload, headers=headers)
             # The streams of a request with several answers end when all of them have: the reader of control says so.
@@ -64,7 +64,7 @@ class Showing:
         if payload is None:
             end: ChunkEnd = ""
             usage = None
-            if sequence.ended and following == sequence.durable:
+            if sequence.over and following == sequence.durable:
                 assert sequence.end != "handed-over", "a hand-over is not the end of an answer"
                 end, usage = sequence.end, TokenCounts(sequence.prompt_tokens, sequence.durable)
             choice = sequence.effect.choice
@@ -95,7 +95,7 @@ def _most(sequence: HeldSequence) -> int:
 def _behind(sequence: HeldSequence) -> ReplyReader | None:
     """The first reader that was not shown all that it can be shown now."""
     for reader in sequence.readers:
-        showable = sequence.ended or (not reader.reply.single and reader.next < sequence.durable)
+        showable = sequence.over or (not reader.reply.single and reader.next < sequence.durable)
         if showable and not reader.done:
             return reader
     return None

@@ -29,11 +29,12 @@ SERVICE = "$SRV"
 STORE_KINDS = ("store.started", "model.loaded", "load.failed", "model.evicted", "model.found", "model.missing",
                "model.deleted")  # fmt: skip
 WORKER_KINDS = ("worker.started", "model.attached", "attach.failed", "model.detached", "cancel.taken", "reader.added",
-                "sequence.finished", "sequence.refused", "sequence.failed", "progress.reported")  # fmt: skip
+                "sequence.finished", "sequence.refused", "sequence.failed", "progress.reported", "round.finished",
+                "sequence.caught-up", "hand-over.taken", "sequence.released", "sequence.dropped")  # fmt: skip
 CONTROL_KINDS = ("request.accepted", "cancel.requested", "reader.attached", "requests.configured", "model.added",
                  "model.removed", "placement.configured", "driver.lost", "sequences.sealed", "timer.fired",
                  "rules.activated")  # fmt: skip
-OPERATOR_KINDS = ("rules.activated", "difference.accepted")
+OPERATOR_KINDS = ("rules.activated", "difference.accepted", "migrate.requested")
 
 FACT_KINDS: dict[Role, tuple[str, ...]] = {
     "client": (),

@@ -55,6 +55,12 @@ def size(count: int) -> str:
     return f"{value:.1f} {unit}" if unit != "B" and value < 10 else f"{value:.0f} {unit}"
 
 
+def _moved(request: str, model: str, place: str) -> str:
+    if request:
+        return f"request {short(request)}"
+    return f"what runs{f' of {model}' if model else ''}{f' on {place}' if place else ''}"
+
+
 def plural(count: int, one: str, many: str = "") -> str:
     return f"{count} {one if count == 1 else many or one + 's'}"
 
@@ -225,6 +231,71 @@ _say(
     lambda e, s, r: f"all answers of request {short(e.request)} have ended, which {_readers(e.replies)} is told",
 )
 _say(m.ReaderRefused, lambda e, s, r: f"{_reader(e.reply)} cannot read request {short(e.request)}{why(e.reason)}")
+
+# ---- moves ----------------------------------------------------------------------------------------------------
+
+_say(
+    m.MigrateRequested,
+    lambda e, s, r: f"an operator wants {_moved(e.request, e.model, e.server)} moved to {e.to or 'somewhere else'}",
+)
+_say(m.MoveWanted, lambda e, s, r: f"{_moved(e.request, e.model, e.worker)} is to move to {e.to or 'anywhere else'}")
+_say(m.DescribeMove, lambda e, s, r: f"which requests are meant by {_moved(e.request, e.model, e.worker)}?")
+_say(
+    m.MoveDescribed,
+    lambda e, s, r: f"request {short(e.request)} of {e.model} runs on {e.worker} and may move" + why(e.why),
+)
+_say(m.WantSlot, lambda e, s, r: f"request {short(e.request)} wants a slot of {e.model} at {e.to or 'another worker'}")
+_say(m.SlotKept, lambda e, s, r: f"a slot on {e.worker} is kept for request {short(e.request)}")
+_say(m.SlotDenied, lambda e, s, r: f"no slot is kept for request {short(e.request)}{why(e.reason)}")
+_say(m.SlotTaken, lambda e, s, r: f"request {short(e.request)} takes the slot that was kept for it")
+_say(m.Following, lambda e, s, r: f"{e.heir} is to follow request {short(e.request)} on {e.source}")
+_say(m.FollowSequence, lambda e, s, r: f"{r} is to follow request {short(e.request)} on {e.source} (epoch {e.epoch})")
+_say(
+    m.RoundFinished,
+    lambda e, s, r: (
+        f"{s} computed round {e.round} of request {short(e.request)}: positions {e.first} to {e.next}, "
+        f"{e.left} more came meanwhile, {duration(e.duration_ns)}"
+    ),
+)
+_say(
+    m.CaughtUp,
+    lambda e, s, r: f"{s} has caught up with request {short(e.request)} after {plural(e.rounds, 'round')}",
+)
+_say(m.HeirReady, lambda e, s, r: f"{s} is ready to go on with request {short(e.request)}")
+_say(m.HeirLost, lambda e, s, r: f"nobody follows request {short(e.request)} any more{why(e.reason)}")
+_say(m.NameHeir, lambda e, s, r: f"{e.worker} goes on with request {short(e.request)} when its source lets go")
+_say(m.HandOver, lambda e, s, r: f"{r} is to hand request {short(e.request)} over")
+_say(m.HandOverSequence, lambda e, s, r: f"{r} is to hand request {short(e.request)} over at the next step")
+_say(
+    m.HandOverTaken,
+    lambda e, s, r: (
+        f"{s} lets request {short(e.request)} go" if e.found else f"{s} holds no {short(e.request)} any more"
+    ),
+)
+_say(m.SequenceReleased, lambda e, s, r: f"{s} has handed request {short(e.request)} over at position {e.next}")
+_say(m.HandedOver, lambda e, s, r: f"request {short(e.request)} is handed over by {s}" + _span(e.span))
+_say(m.GoOn, lambda e, s, r: f"{r} is to go on with request {short(e.request)}{_from(e.position)}")
+_say(m.ResumeSequence, lambda e, s, r: f"{r} is to decode request {short(e.request)}{_from(e.position)}")
+_say(
+    m.MoveOver,
+    lambda e, s, r: f"request {short(e.request)} " + ("goes on at its heir" if e.moved else "stays" + why(e.reason)),
+)
+_say(m.DropHeir, lambda e, s, r: f"{r} need not follow request {short(e.request)} any longer")
+_say(m.DropSequence, lambda e, s, r: f"{r} is to forget request {short(e.request)}")
+_say(m.SequenceDropped, lambda e, s, r: f"{s} has forgotten request {short(e.request)}")
+_say(
+    m.MoveStarted,
+    lambda e, s, r: f"request {short(e.request)} is on its way from {e.source} to {e.destination}" + why(e.why),
+)
+_say(
+    m.MoveEnded,
+    lambda e, s, r: (
+        f"request {short(e.request)} has moved from {e.source} to {e.destination} in {plural(e.rounds, 'round')}, "
+        f"{duration(e.elapsed_ns)}"
+        if e.moved
+        else f"request {short(e.request)} was not moved{why(e.reason)}"
+    ),
+)
 
 # ---- models, servers, instances -------------------------------------------------------------------------------
 

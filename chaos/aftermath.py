@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from actors.cell import Cell
 from actors.gpu import GpuState
+from actors.migration import MigrationState
 from actors.placement_state import PlacementState
 from actors.replay import verify
 from actors.request_state import RequestsState
@@ -313,9 +314,16 @@ def leftovers(cell: Cell) -> Iterator[str]:
         loading = {name: dict(server.loading) for name, server in state.servers.items() if server.loading}
         if loading:
             yield f"bytes count as queued on loading paths: {loading}"
+        if state.kept or state.wishes:
+            yield f"slots are kept for moves: {list(state.kept)}, and wished for: {list(state.wishes)}"
         if state.room:
             yield f"workers are drained for nobody: {dict(state.room)}"
+    migration = cell.actors.get("migration")
+    if migration is not None and (moves := cast(MigrationState, migration.state).moves):
+        yield f"moves are under way: {moves}"
     for name, actor in cell.actors.items():
+        if isinstance(actor.state, GpuState) and actor.state.standbys:
+            yield f"{name} follows {list(actor.state.standbys)}"
         if isinstance(actor.state, GpuState) and (actor.state.sequences or actor.state.sealing):
             yield f"{name} holds {list(actor.state.sequences)} and seals {list(actor.state.sealing)}"
         if isinstance(actor.state, StoreState):

@@ -55,6 +55,18 @@ class _Engine:
     def active(self) -> int:
         return int(self._engine.active())
 
+    def busy(self) -> bool:
+        return bool(self._engine.busy())
+
+    def extend(self, key: str, tokens: Any) -> None:
+        self._engine.extend(key, tokens)
+
+    def left(self, key: str) -> int:
+        return int(self._engine.left(key))
+
+    def release(self, key: str) -> None:
+        self._engine.release(key)
+
     def step(self) -> list[Any]:
         events: list[Any] = self._engine.step()
         return events
@@ -154,7 +166,7 @@ class Undisturbed(NamedTuple):
 
 async def undisturbed(start: Any, context: int) -> Undisturbed:
     engine = await StubRuntime(eos=EOS, prefill_chunk=4096).attach("m", "", slots=1, kv_bytes=1, context=context)
-    engine.admit(dataclasses.replace(start, generated=()))
+    engine.admit(dataclasses.replace(start, generated=(), held=False))
     tokens: list[int] = []
     vectors: list[bytes] = []
     while True:

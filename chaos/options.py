@@ -36,6 +36,10 @@ class Options:
     answers. `upgrade`: all controls begin as old programs and are replaced, the rules switched (chaos.upgrades).
     `snapshot_facts`: facts between two snapshots; `snapshot_trouble`: the chance that the writer of a piece dies, and
     that the disk loses a part of it; `generations`: whether the ledger's beginning is dropped now and then.
+    bf16. `removals`: how often the operator takes a model out. `moves`: how often the operator wants something moved
+    (chaos.moves). `upgrade`: all controls begin as old programs and are
+    replaced, the rules switched (chaos.upgrades). `snapshot_facts`: facts between two snapshots;
+    `snapshot_trouble`: the chance that the writer of a piece dies, and that the disk loses a part of it.
     """
 
     seed: int
@@ -60,6 +64,7 @@ class Options:
     removals: int = 0
     several: float = 0.15
     upgrade: bool = False
+    moves: int = 0
     crash_at: int = 0
     crash_before_answer: bool = True
     snapshot_facts: int = 50
@@ -118,6 +123,7 @@ def draw(seed: int) -> Options:
         crash_at_record=random.choice((0.0, 0.003, 0.01, 0.03)),
         removals=random.choice((0, 0, 0, 1, 3)),
         upgrade=Random(f"upgrade {seed}").random() < 0.4,
+        moves=Random(f"moves {seed}").choice((0, 0, 3, 10, 30)),
         snapshot_facts=random.choice((4, 15, 60)),
         snapshot_trouble=random.choice((0.0, 0.0, 0.1, 0.4)),
         generations=random.random() < 0.4,
@@ -135,6 +141,7 @@ def calm(seed: int) -> Options:
         crash_at_record=0.0,
         removals=0,
         upgrade=False,
+        moves=0,
         wobble=False,
         snapshot_trouble=0.0,
     )

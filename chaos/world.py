@@ -29,6 +29,7 @@ from bus.subjects import Subjects
 from chaos.clients import Application, draw_plans
 from chaos.faults import SeededFaults
 from chaos.machines import SimulatedRuntime, SimulatedStorage, seeded
+from chaos.moves import Mover
 from chaos.observer import Observer
 from chaos.operators import Operator
 from chaos.options import Options
@@ -116,6 +117,10 @@ class World:
             seeded("operator", self.options.seed), self.options, self._connect("operator"), CELL, self.note
         )
         readers.append(asyncio.ensure_future(self.operator.run(self._storages.values())))
+        mover = Mover(
+            seeded("moves", self.options.seed), self.options, self._connect("mover"), self.subjects, self.note
+        )
+        helpers.append(asyncio.ensure_future(mover.run()))
         controls = [process for process in self.processes if process.name.startswith("control-")]
         readers.append(asyncio.ensure_future(self.upgrade.run(controls)))
         await asyncio.sleep(self.options.fault_seconds)
