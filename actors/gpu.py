@@ -117,6 +117,7 @@ class Standby(msgspec.Struct):
     request: str
     attempt: int
     model: str
+    several: bool = False
     dropping: bool = False
 
 
@@ -408,7 +409,7 @@ class Gpu(Actor):
         if instance is None or instance.status != "running":
             reason = f"{message.model} does not run on {self.name}"
             return [To("migration", HeirLost(message.request, message.attempt, reason))]
-        standby = Standby(message.request, message.attempt, message.model)
+        standby = Standby(message.request, message.attempt, message.model, several=message.choice is not None)
         self.state.standbys[_key(message.request, message.attempt)] = standby
         follow = FollowSequence(
             request=message.request,
@@ -467,6 +468,7 @@ class Gpu(Actor):
             reason = f"{self.name} did not follow it"
             return [To("requests", SequenceRejected(message.request, message.attempt, reason, retry=True))]
         held = HeldSequence(message.request, message.attempt, standby.model, message.position, self.state.last_page)
+        held.several = standby.several
         self.state.sequences[key] = held
         resume = ResumeSequence(message.request, message.attempt, message.position, message.history, message.replies)
         return [To(self._driver, resume)]

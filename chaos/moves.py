@@ -18,13 +18,22 @@ class Mover:
     """States `migrate.requested` now and then, as long as the world is troubled; `moves` of them in all."""
 
     def __init__(
-        self, random: Random, options: Options, bus: Bus, subjects: Subjects, note: Callable[[str], None]
+        self,
+        random: Random,
+        options: Options,
+        bus: Bus,
+        subjects: Subjects,
+        note: Callable[[str], None],
+        active: Callable[[], bool],
     ) -> None:
         self._random, self._options, self._bus, self._subjects, self._note = random, options, bus, subjects, note
+        self._active = active
 
     async def run(self) -> None:
         for _ in range(self._options.moves):
             await asyncio.sleep(self._random.expovariate(self._options.moves / self._options.fault_seconds))
+            if not self._active():
+                return
             message = await self._wish()
             self._note(f"the operator asks: {msgspec.to_builtins(message)}")
             payload = encode(FactEnvelope("operator", msgspec.Raw(encode(message))))

@@ -32,14 +32,11 @@ class Options:
     """`disturb_every`: virtual seconds between disturbances, on average. `crash_at_record`: the chance that somebody
     dies as a record is stored; `crash_at` is the number of the one record (counted over both logs, 0 for none) whose
     publisher dies then, before or after it learns of it. `wobble`: engines whose tokens depend on the engine, as in
-    bf16. `removals`: how often the operator takes a model out. `several`: the share of requests that ask for several
-    answers. `upgrade`: all controls begin as old programs and are replaced, the rules switched (chaos.upgrades).
-    `snapshot_facts`: facts between two snapshots; `snapshot_trouble`: the chance that the writer of a piece dies, and
-    that the disk loses a part of it; `generations`: whether the ledger's beginning is dropped now and then.
-    bf16. `removals`: how often the operator takes a model out. `moves`: how often the operator wants something moved
-    (chaos.moves). `upgrade`: all controls begin as old programs and are
-    replaced, the rules switched (chaos.upgrades). `snapshot_facts`: facts between two snapshots;
-    `snapshot_trouble`: the chance that the writer of a piece dies, and that the disk loses a part of it.
+    bf16. `removals`: how often the operator takes a model out. `moves`: how often it wants something moved
+    (chaos.moves). `several`: the share of requests that ask for several answers. `upgrade`: all controls begin as old
+    programs and are replaced, the rules switched (chaos.upgrades). `snapshot_facts`: facts between two snapshots;
+    `snapshot_trouble`: the chance that the writer of a piece dies, and that the disk loses a part of it; `generations`:
+    whether the ledger's beginning is dropped now and then.
     """
 
     seed: int
@@ -101,7 +98,7 @@ def draw(seed: int) -> Options:
     need = max(card.weight_bytes + card.context * card.kv_bytes_per_token for card in cards)
     trouble = [random.random() * 0.1 if random.random() < 0.4 else 0.0 for _ in range(4)]
     disturbances = tuple(kind for kind in DISTURBANCES if random.random() < 0.5)
-    return Options(
+    options = Options(
         seed=seed,
         controls=random.choice((1, 2, 2, 3)),
         servers=random.randint(1, 3),
@@ -123,10 +120,24 @@ def draw(seed: int) -> Options:
         crash_at_record=random.choice((0.0, 0.003, 0.01, 0.03)),
         removals=random.choice((0, 0, 0, 1, 3)),
         upgrade=Random(f"upgrade {seed}").random() < 0.4,
-        moves=Random(f"moves {seed}").choice((0, 0, 3, 10, 30)),
+        moves=Random(f"moves {seed}").choice((0, 0, 5, 40, 120)),
         snapshot_facts=random.choice((4, 15, 60)),
         snapshot_trouble=random.choice((0.0, 0.0, 0.1, 0.4)),
         generations=random.random() < 0.4,
+    )
+    return _roomy(options) if options.moves >= 40 else options
+
+
+def _roomy(options: Options) -> Options:
+    """The same world with places to move to."""
+    weights = sum(card.weight_bytes for card in options.models)
+    return replace(
+        options,
+        servers=max(2, options.servers),
+        dram_bytes=weights,
+        memory_bytes=2 * options.memory_bytes,
+        max_slots=max(3, options.max_slots),
+        requests=options.requests + 15,
     )
 
 

@@ -118,7 +118,12 @@ class World:
         )
         readers.append(asyncio.ensure_future(self.operator.run(self._storages.values())))
         mover = Mover(
-            seeded("moves", self.options.seed), self.options, self._connect("mover"), self.subjects, self.note
+            seeded("moves", self.options.seed),
+            self.options,
+            self._connect("mover"),
+            self.subjects,
+            self.note,
+            self._active,
         )
         helpers.append(asyncio.ensure_future(mover.run()))
         controls = [process for process in self.processes if process.name.startswith("control-")]
