@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("actors", "bus", "chaos", "loaders", "models")
-DECIDING = ("requests", "placement", "store", "gpu", "cell", "replica")
+DECIDING = ("requests", "placement", "migration", "store", "gpu", "cell", "replica")
 MAY_IMPORT = ("bus.messages", "bus.ordering", "bus.subjects", "bus.contract")
 WORLDLY = frozenset(
     {
