@@ -15,7 +15,8 @@ DECIDING = [
     "actors/actor.py", "actors/cell.py", "actors/gpu.py", "actors/placement.py",
     "actors/migration.py", "actors/placement_books.py", "actors/placement_moves.py", "actors/placement_pump.py",
     "actors/placement_start.py",
-    "actors/placement_state.py", "actors/request_moves.py", "actors/request_state.py", "actors/requests.py", "actors/rules.py", "actors/store.py",
+    "actors/placement_state.py", "actors/request_moves.py",
+    "actors/request_state.py", "actors/requests.py", "actors/rules.py", "actors/store.py",
     "bus/ordering.py",
 ]  # fmt: skip
 ALLOWED = {
@@ -23,7 +24,8 @@ ALLOWED = {
     "bus.subjects", "actors.actor", "actors.gpu", "actors.placement",
     "actors.migration", "actors.placement_books", "actors.placement_moves", "actors.placement_pump",
     "actors.placement_start",
-    "actors.placement_state", "actors.request_moves", "actors.request_state", "actors.requests", "actors.rules", "actors.store",
+    "actors.placement_state", "actors.request_moves",
+    "actors.request_state", "actors.requests", "actors.rules", "actors.store",
 }  # fmt: skip
 FORBIDDEN_CALLS = {"hash", "id", "set", "frozenset", "open", "print", "input", "vars", "repr", "eval", "exec", "float"}
 
