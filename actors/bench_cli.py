@@ -138,6 +138,9 @@ def bench_restart(
 def bench_start(
     sizes: Annotated[str, typer.Option(metavar="SIZE[,SIZE]", help="Bytes of weights, in bfloat16.")] = "1GB,6GB",
     rounds: Annotated[int, typer.Option(min=1, max=50, help="Starts per size; the median counts.")] = 5,
+    threads: Annotated[
+        int, typer.Option(min=0, max=1024, help="Threads of the worker; 0: the default. 1 is steadier beside others.")
+    ] = 0,
     folder: Annotated[
         Path | None, typer.Option("--folder", metavar="DIR", help="Where the models are made; needs twice their size.")
     ] = None,
@@ -163,7 +166,7 @@ def bench_start(
         parameters = parse_size(size, "--sizes") // 2
         with tempfile.TemporaryDirectory(prefix="longshore-bench-", dir=folder) as name:
             try:
-                found.append(uvloop.run(measure(parameters, rounds, Path(name), console.print)))
+                found.append(uvloop.run(measure(parameters, rounds, threads, Path(name), console.print)))
             except BusError as error:
                 raise Failure(str(error)) from None
     if json:

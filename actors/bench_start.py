@@ -63,7 +63,9 @@ print(json.dumps(found))
 """
 
 
-async def bench_start(parameters: int, rounds: int, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+async def bench_start(
+    parameters: int, rounds: int, threads: int, folder: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
     """One size. Makes the model under `folder`, which takes its bytes twice for a while."""
     models = folder / "models"
     models.mkdir(parents=True, exist_ok=True)
@@ -76,9 +78,10 @@ async def bench_start(parameters: int, rounds: int, folder: Path, say: Callable[
     for path in sorted(sample.iterdir()):
         path.unlink()
     weight_bytes = (packed / "model.safetensors").stat().st_size
-    found: dict[str, Any] = {"parameters": parameters, "bytes": weight_bytes, "rounds": rounds}
+    found: dict[str, Any] = {"parameters": parameters, "bytes": weight_bytes, "rounds": rounds, "threads": threads}
     size = str(weight_bytes + weight_bytes // 4 + (1 << 30))
-    options = UpOptions(data=folder, cell=CELL, nodes=1, workers=1, memory=size, dram=size)
+    of_node = ("--threads", str(threads)) if threads else ()
+    options = UpOptions(data=folder, cell=CELL, nodes=1, workers=1, memory=size, dram=size, node_arguments=of_node)
     async with CellProcesses(options) as cell:
         bus = await JetStreamBus.connect(cell.url, CELL, name="longshore-bench", create=True)
         try:
