@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import sys
@@ -96,7 +97,9 @@ async def test_generations_and_limits_of_a_running_cell(tmp_path: Path) -> None:
         assert "from the snapshot at" in await command("replay", "--verify", *where)
         async with asyncio.timeout(40):
             while (await cell.bus.ledger.usage()).first_sequence == first:
-                await undisturbed(cell.client, [f"more {i}" for i in range(6)], 1)
+                # A slow machine fills the small ledger faster than it is shortened: then nothing more is taken.
+                with contextlib.suppress(RequestFailed):
+                    await undisturbed(cell.client, [f"more {i}" for i in range(6)], 1)
         newest = sorted((tmp_path / "g").glob("*.lsrec"))[-1]
         assert f"{first:012d}-" in newest.name and "from the snapshot at" in await command("replay", str(newest))
 
