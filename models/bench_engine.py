@@ -45,6 +45,23 @@ class Throughput:
 
 
 @dataclass(frozen=True, slots=True)
+class MixedThroughput:
+    """Tokens per second of answers of different lengths, only those that were asked for counted.
+
+    `generate` answers `slots` requests at a time and each batch lasts as long as its longest answer; the engine has
+    as many slots and refills them. Medians as of `Throughput`.
+    """
+
+    requests: int
+    slots: int
+    shortest: int
+    longest: int
+    engine_tokens_per_s: float
+    generate_tokens_per_s: float
+    ratio: float
+
+
+@dataclass(frozen=True, slots=True)
 class StepTime:
     """Time of one decode step, and where it goes, in milliseconds.
 
@@ -72,6 +89,7 @@ class EngineFigures:
     dtype: str
     threads: int
     throughput: tuple[Throughput, ...]
+    mixed: MixedThroughput
     steps: tuple[StepTime, ...]
     growth_ms: float
     attention_growth_ms: float
@@ -108,6 +126,8 @@ def measure(
         for sequences in BATCHES:
             progress(f"{sequences} sequences beside generate")
             throughput.append(_beside_generate(engine, model, sequences, rounds, answer_tokens, sample.vocabulary))
+        progress("answers of different lengths beside generate")
+        mixed = _mixed_beside_generate(engine, model, rounds, 2 * answer_tokens, sample.vocabulary)
         filled = []
         for context in contexts:
             progress(f"prefill of {max(BATCHES)} sequences up to {context}")
@@ -120,6 +140,7 @@ def measure(
             dtype=dtype,
             threads=torch.get_num_threads(),
             throughput=tuple(throughput),
+            mixed=mixed,
             steps=tuple(timed),
             growth_ms=timed[-1].step_ms - timed[0].step_ms,
             attention_growth_ms=timed[-1].attention_ms - timed[0].attention_ms,
@@ -176,6 +197,54 @@ def _beside_generate(
         sequences=sequences,
         engine_tokens_per_s=tokens / statistics.median(engine_s),
         generate_tokens_per_s=tokens / statistics.median(generate_s),
+        ratio=statistics.median(other / own for own, other in zip(engine_s, generate_s, strict=True)),
+    )
+
+
+def _mixed_beside_generate(
+    engine: SlotEngine, model: Any, rounds: int, longest: int, vocabulary: int
+) -> MixedThroughput:
+    slots, shortest = max(BATCHES), max(1, longest // 12)
+    requests = 3 * slots
+    prompts = _prompts(requests, PROMPT_TOKENS, vocabulary)
+    drawn = torch.randint(shortest, longest + 1, (requests,), generator=torch.Generator().manual_seed(1))
+    lengths: list[int] = drawn.tolist()
+    groups = [range(first, first + slots) for first in range(0, requests, slots)]
+    batches = [
+        (torch.tensor([prompts[index] for index in group], device=model.device), max(lengths[index] for index in group))
+        for group in groups
+    ]
+
+    def with_engine() -> None:
+        waiting = [
+            SequenceStart(str(index), prompt, (), Sampling(max_tokens=lengths[index]))
+            for index, prompt in reversed(list(enumerate(prompts)))
+        ]
+        while waiting or engine.active():
+            while waiting and engine.active() < slots:
+                engine.admit(waiting.pop())
+            engine.step()
+
+    def with_generate() -> None:
+        for batch, tokens in batches:
+            output = model.generate(
+                batch, attention_mask=torch.ones_like(batch), max_new_tokens=tokens, do_sample=False
+            )
+            output.tolist()
+
+    with_engine()
+    with_generate()
+    engine_s, generate_s = [], []
+    for _ in range(rounds):
+        engine_s.append(_seconds(with_engine))
+        generate_s.append(_seconds(with_generate))
+    return MixedThroughput(
+        requests=requests,
+        slots=slots,
+        shortest=shortest,
+        longest=longest,
+        engine_tokens_per_s=sum(lengths) / statistics.median(engine_s),
+        generate_tokens_per_s=sum(lengths) / statistics.median(generate_s),
         ratio=statistics.median(other / own for own, other in zip(engine_s, generate_s, strict=True)),
     )
 
@@ -245,7 +314,7 @@ def tables(figures: EngineFigures) -> Sequence[Any]:
 
     throughput = Table(
         title=f"{figures.model}, {figures.parameters / 1e6:.0f}M parameters, {figures.dtype}, "
-        f"{figures.threads} threads: tokens/s on a static batch"
+        f"{figures.threads} threads: tokens/s"
     )
     for name in ("sequences", "engine", "generate", "engine / generate"):
         throughput.add_column(name, justify="right")
@@ -253,6 +322,13 @@ def tables(figures: EngineFigures) -> Sequence[Any]:
         throughput.add_row(
             str(row.sequences), f"{row.engine_tokens_per_s:.1f}", f"{row.generate_tokens_per_s:.1f}", f"{row.ratio:.2f}"
         )
+    mixed = figures.mixed
+    throughput.add_row(
+        f"{mixed.requests} over {mixed.slots}, {mixed.shortest}-{mixed.longest} tokens",
+        f"{mixed.engine_tokens_per_s:.1f}",
+        f"{mixed.generate_tokens_per_s:.1f}",
+        f"{mixed.ratio:.2f}",
+    )
     steps = Table(
         title="one decode step, ms",
         caption=f"from {figures.steps[0].context} to {figures.steps[-1].context} the step grows "

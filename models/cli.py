@@ -100,7 +100,7 @@ def sample(
 
 def bench_engine(
     size: Annotated[str, typer.Option(help="About how many parameters the sample has.")] = "60M",
-    arch: Annotated[str, typer.Option(help="Architecture of the sample.")] = "llama",
+    arch: Annotated[str, typer.Option(help="Architectures of the samples, with commas.")] = "llama,qwen3,gpt2",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads to compute with; 0 leaves the choice to torch.")] = 0,
@@ -109,7 +109,7 @@ def bench_engine(
 ) -> None:
     """Tokens per second of the engine beside `generate`, and where the time of a step goes.
 
-    Example: longshore bench engine --quick --json
+    Example: longshore bench engine --arch llama,mixtral --quick --json
     """
     import torch
     from rich.console import Console
@@ -122,21 +122,25 @@ def bench_engine(
         torch.set_num_threads(threads)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        figures = measure(
-            arch=arch,
-            parameters=min(parse_size(size), 8_000_000) if quick else parse_size(size),
-            dtype=dtype,
-            device=device,
-            rounds=3 if quick else 5,
-            answer_tokens=24 if quick else 48,
-            steps=12 if quick else 24,
-            progress=lambda doing: typer.echo(doing, err=True),
-        )
+        figures = [
+            measure(
+                arch=name.strip(),
+                parameters=min(parse_size(size), 8_000_000) if quick else parse_size(size),
+                dtype=dtype,
+                device=device,
+                rounds=3 if quick else 5,
+                answer_tokens=24 if quick else 48,
+                steps=12 if quick else 24,
+                progress=lambda doing: typer.echo(doing, err=True),
+            )
+            for name in arch.split(",")
+        ]
     except ModelError as error:
         raise UserError(str(error)) from error
     if as_json:
-        typer.echo(json.dumps(figures.to_dict()))
+        typer.echo(json.dumps({"models": [each.to_dict() for each in figures]}))
         return
     console = Console()
-    for table in tables(figures):
-        console.print(table)
+    for each in figures:
+        for table in tables(each):
+            console.print(table)

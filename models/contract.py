@@ -160,6 +160,8 @@ class Engine(Protocol):
     def step(self) -> Sequence[Event]:
         """Compute once: at most one prefill chunk and one token per decoding sequence; [] when there is nothing to do.
 
+        While nothing decodes, a few chunks may go into one step: no sequence waits for its next token then.
+
         A sequence whose prefill is finished by this step emits its first token in it. No sequence has two events.
         """
 

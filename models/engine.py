@@ -18,13 +18,14 @@ from models.contract import AdmissionRefused, SequenceStart, TokenEvent, check_s
 from models.detokenizer import Decode
 from models.errors import ModelError
 from models.likelihood import Likelihood, measure
-from models.masks import masks
+from models.masks import Masks, masks
 from models.sampling import choose
 from models.sequence import Sequence, common_prefix
 from models.shaping import shape
 from models.slot_cache import SlotCache, bytes_per_token
 
 DEFAULT_PREFILL_CHUNK = 256
+DEFAULT_IDLE_CHUNKS = 4
 SHARED_AT_LEAST = 32
 """Tokens of a common beginning that are worth a copy of the cache."""
 
@@ -34,7 +35,8 @@ class SlotEngine:
 
     `kv_bytes` bounds the KV cache: slots = min(max_slots, kv_bytes // (context * bytes per token)); ModelError if not
     one fits. `decode` turns a list of tokens into text. `prefill_chunk` bounds the prompt tokens of a step, padding
-    included. Numbers that are not finite do not spread: a slot that may hold them is zeroed when its row leaves.
+    included, while a sequence decodes; `idle_chunks` times as many while none does. Numbers that are not finite do not
+    spread: a slot that may hold them is zeroed when its row leaves.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class SlotEngine:
         context: int,
         max_slots: int = 16,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+        idle_chunks: int = DEFAULT_IDLE_CHUNKS,
     ) -> None:
         per_slot = context * bytes_per_token(architecture.layers, model.dtype)
         if kv_bytes < per_slot:
@@ -62,10 +65,12 @@ class SlotEngine:
         self._model = model
         self._device: torch.device = model.device
         self._kinds = architecture.kinds
+        self._sees_all = [(kind.window, kind.chunk) for kind in architecture.kinds] == [(None, None)]
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._decode_text = decode
         self._eos = frozenset(eos)
         self._prefill_chunk = prefill_chunk
+        self._idle_chunks = idle_chunks
         self._cache = SlotCache(architecture.layers, self.slots, context, model.dtype, self._device)
         self._rows: list[Sequence | None] = [None] * self.slots
         self._decoding = 0
@@ -163,17 +168,19 @@ class SlotEngine:
         """Rows of the next prefill chunk and the most tokens that one of them gets.
 
         The oldest goes as far as the budget lets it. Rows in the slots right behind it come along when that does not
-        slow it down: a burst of short prompts costs one forward pass and not one each.
+        slow it down: a burst of short prompts costs one forward pass and not one each. While nobody decodes, nobody's
+        step is lengthened: then the budget is `idle_chunks` chunks.
         """
-        best, best_tokens, best_fed = [oldest], min(oldest.due, self._prefill_chunk), 0
+        budget = self._prefill_chunk if self._decoding else self._prefill_chunk * self._idle_chunks
+        best, best_tokens, best_fed = [oldest], min(oldest.due, budget), 0
         rows: list[Sequence] = []
         for row in self._present(oldest.slot, self.slots):
             row.replay()
             if row.ended is not None or not row.due or (row is not oldest and self._will_share(row, oldest)):
                 break
             rows.append(row)
-            tokens = min(max(row.due for row in rows), self._prefill_chunk // len(rows))
-            if tokens < min(oldest.due, self._prefill_chunk):
+            tokens = min(max(row.due for row in rows), budget // len(rows))
+            if tokens < min(oldest.due, budget):
                 break
             fed = sum(min(row.due, tokens) for row in rows)
             if fed > best_fed:
@@ -232,13 +239,19 @@ class SlotEngine:
         output = self._model(
             input_ids=torch.tensor(fed, device=self._device),
             position_ids=positions,
-            attention_mask=masks(positions, span.length, self._kinds, self._model.dtype),
+            attention_mask=self._masks(positions, starts, span.length),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=torch.tensor([[count - 1] for count in counts], device=self._device) if padded else 1,
         )
         logits: torch.Tensor = output.logits[:, -1]
         return logits
+
+    def _masks(self, positions: torch.Tensor, starts: list[int], length: int) -> Masks | None:
+        """None where one token per row sees all of its row and all rows are equally long: attention is cheaper then."""
+        if self._sees_all and positions.shape[1] == 1 and min(starts) == max(starts):
+            return None
+        return masks(positions, length, self._kinds, self._model.dtype)
 
     # -- absorb -------------------------------------------------------------------------------------------------------
 

@@ -65,6 +65,7 @@ def try_engine(model: Any) -> None:
             context=max(map(len, prompts.values())) + answer,
             max_slots=len(prompts),
             prefill_chunk=_CHUNK,
+            idle_chunks=1,
         )
         apart = _distances(engine, model, prompts, answer)
     except ModelError:

@@ -29,7 +29,14 @@ class Loaded:
 
     def engine(self, **settings: Any) -> SlotEngine:
         """An engine of four slots and a context of 256; tokens read as " <id>"."""
-        settings = {"kv_bytes": 2**40, "context": 256, "max_slots": 4, "prefill_chunk": 16, "eos": ()} | settings
+        settings = {
+            "kv_bytes": 2**40,
+            "context": 256,
+            "max_slots": 4,
+            "prefill_chunk": 16,
+            "idle_chunks": 1,
+            "eos": (),
+        } | settings
         return SlotEngine(self.model, self.architecture, _decode, **settings)
 
     def prompts(self, seed: int, count: int, longest: int = 70) -> list[tuple[int, ...]]:

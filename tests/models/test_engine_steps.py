@@ -73,6 +73,17 @@ def test_a_burst_of_short_prompts_shares_a_chunk(loaded, fed):
     assert len(events) == 8
 
 
+def test_while_nobody_decodes_several_chunks_go_into_a_step(loaded, fed):
+    engine = loaded.engine(max_slots=3, prefill_chunk=16, idle_chunks=4)
+    engine.admit(greedy("first", tuple(range(20, 80))))
+    assert [event.key for event in engine.step()] == ["first"]
+    engine.admit(greedy("second", tuple(range(30, 90))))
+    fed.clear()
+    assert [event.key for event in engine.step()] == ["first"]
+    assert fed == [(1, 1), (1, 16)]  # now somebody waits for a token
+    assert tokens(run(engine)["second"]) == loaded.reference(tuple(range(30, 90)))
+
+
 def test_rows_of_one_chunk_answer_as_they_do_alone(loaded):
     engine = loaded.engine(max_slots=8, prefill_chunk=64)
     prompts = loaded.prompts(seed=12, count=8, longest=24)
