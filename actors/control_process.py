@@ -14,6 +14,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import structlog
 
 from actors.cell_snapshots import SNAPSHOT_FACTS
@@ -57,6 +58,9 @@ class ControlOptions:
     rotate_keep_seconds: float = 60.0
     replicas: int = 1
 
+
+FIRST_REQUESTS = RequestsConfigured(deaths_limit=2, dead_letters=True)
+"""How a new cell deals with requests under which workers die."""
 
 RESTART_SECONDS = 1.0
 SILENT_LOOK_SECONDS = 2.0
@@ -229,9 +233,12 @@ async def _configure(control: Control, options: ControlOptions) -> None:
     """State the configuration as facts where the cell follows another one."""
     assert control.replica is not None
     actors = control.replica.cell.actors
+    requests = actors.get("requests")
+    # A cell that never had a request begins so; any other keeps its own until somebody states another one.
+    base = requests.state.configuration if requests is not None else FIRST_REQUESTS
     wanted: list[tuple[str, Message]] = [
         ("placement", PlacementConfigured(queue_limit=options.queue_limit)),
-        ("requests", RequestsConfigured(retention_ms=options.retention_seconds * 1000)),
+        ("requests", msgspec.structs.replace(base, retention_ms=options.retention_seconds * 1000)),
     ]
     for actor, message in wanted:
         known = actors.get(actor)

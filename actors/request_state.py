@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from bus.messages import Choice, Generation, ReplyTo, RequestEnded, RequestsConfigured, Span
+from bus.messages import Choice, Death, Generation, ReplyTo, RequestEnded, RequestsConfigured, Span
 
 
 class Request(msgspec.Struct, omit_defaults=True):
@@ -14,7 +14,8 @@ class Request(msgspec.Struct, omit_defaults=True):
 
     `position` is the first position that is not known to be durable; `deadline` 0 means none. `moving`: somebody else
     prepares to go on with it; `heir`: the worker that does so when the source lets go, as attempt `heir_attempt`;
-    `tried`: the highest number that an attempt, or one that never began, has had.
+    `tried`: the highest number that an attempt, or one that never began, has had; `died`: what became of attempts that
+    ended without it, where that is to be told.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Request(msgspec.Struct, omit_defaults=True):
     heir: str = ""
     heir_attempt: int = 0
     tried: int = 0
+    died: list[Death] = []
 
 
 class Family(msgspec.Struct):

@@ -26,6 +26,7 @@ from typing import Literal
 import msgspec
 
 from actors.actor import Actor
+from actors.dead_letters import dead_letter, note_death
 from actors.request_moves import is_meant, not_moved
 from actors.request_state import Family, Request, RequestsState, as_ended
 from bus.messages import (
@@ -201,6 +202,7 @@ class Requests(Actor):
             released = To("placement", SlotReleased(message.request, message.attempt, request.model))
             return [*self._end_as(message, request, now), released]
         request.deaths += 1
+        note_death(request, self.state.configuration, message.span, "its worker died")
         if request.stopping:
             return self._end(message.request, request, now, self._stopped(request))
         if request.deaths >= self.state.configuration.deaths_limit:
@@ -230,6 +232,7 @@ class Requests(Actor):
             return [*ended, released]
         if request.stopping:
             return [*self._end(message.request, request, now, self._stopped(request)), released]
+        note_death(request, self.state.configuration, message.span, f"{message.code}: {message.reason}"[:4000])
         if message.code == "engine_error":
             request.deaths += 1
         else:
@@ -432,6 +435,8 @@ class Requests(Actor):
             self.state.ended[name] = now
         else:
             said += self._end_in_family(request.choice.family, request.model, now)
+        if outcome == "quarantined":
+            said += dead_letter(name, request, self.state.configuration)
         return [*said, *over, *self._arm_retention(now)]
 
     def _end_in_family(self, name: str, model: str, now: int) -> list[To]:

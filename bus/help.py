@@ -7,7 +7,7 @@ PANELS = {
     "Run a cell": ("up", "control", "node", "gateway", "config", "nats-config"),
     "Models": ("model", "pack", "verify", "fetch", "load"),
     "See what happens, and why": ("status", "tail", "record", "replay"),
-    "Keep it going": ("migrate", "ledger", "backup", "restore", "rules", "difference"),
+    "Keep it going": ("migrate", "dead", "ledger", "backup", "restore", "rules", "difference"),
     "Try and measure": ("demo", "chaos", "bench", "doctor"),
 }
 
@@ -15,6 +15,7 @@ GROUPS = {
     "bench": "Measure on this machine, beside what people use.",
     "chaos": "The same code in virtual time, while everything breaks.",
     "config": "The configuration file: check it, and show what is in force.",
+    "dead": "Requests under which workers died.",
     "difference": "When a control's decisions differ from the ledger.",
     "doctor": "What this machine grants.",
     "ledger": "How full the ledger is, and what makes room in it.",

@@ -171,6 +171,10 @@ class Subjects:
     def said_to(self, receiver: str) -> str:
         return f"{self._said}*.{receiver}.>"
 
+    def dead_letters(self) -> str:
+        """Requests that were given up, each with its history."""
+        return self.said("requests", "dead", "request.quarantined")
+
     def parse(self, subject: str) -> FactSubject | SaidSubject | None:
         """What a ledger subject says; None for anything else."""
         if subject.startswith(self._fact):

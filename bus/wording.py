@@ -227,6 +227,13 @@ _say(
 )
 _say(m.RequestEnded, lambda e, s, r: _ended(e))
 _say(
+    m.RequestQuarantined,
+    lambda e, s, r: (
+        f"request {short(e.request)} for {e.model} is a dead letter after {plural(len(e.deaths), 'attempt')}"
+        + why(e.reason)
+    ),
+)
+_say(
     m.ChoicesEnded,
     lambda e, s, r: f"all answers of request {short(e.request)} have ended, which {_readers(e.replies)} is told",
 )

@@ -241,7 +241,7 @@ class World:
     async def _configure(self) -> None:
         """Tell the cell by whose deaths a request is quarantined, as an operator would."""
         bus = self.server.bus("operator")
-        message = RequestsConfigured(deaths_limit=self.options.deaths_limit)
+        message = RequestsConfigured(deaths_limit=self.options.deaths_limit, dead_letters=True)
         await bus.ledger.append(
             self.subjects.fact("requests", kind_of(message)),
             encode(FactEnvelope("operator", msgspec.Raw(encode(message)))),

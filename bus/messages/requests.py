@@ -154,10 +154,14 @@ class ReaderAttached(Message, frozen=True, tag="reader.attached"):
 
 
 class RequestsConfigured(Message, frozen=True, tag="requests.configured"):
-    """`retention_ms`: how long an ended request is known; `deaths_limit`: workers that may die under one request."""
+    """`retention_ms`: how long an ended request is known; `deaths_limit`: workers that may die under one request.
+
+    `dead_letters`: whether a request that is quarantined is said with its history, too (request.quarantined).
+    """
 
     retention_ms: Positive = 3_600_000
     deaths_limit: Positive = 3
+    dead_letters: bool = False
 
 
 # ---- between actors ---------------------------------------------------------------------------------------
@@ -316,6 +320,32 @@ class RequestEnded(Message, frozen=True, tag="request.ended"):
     prompt_tokens: Count = 0
     attempts: Count = 0
     elapsed_ns: Count = 0
+    choice: Choice | None = None
+
+
+class Death(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An attempt that ended without its request: `position` is the first that was not durable then.
+
+    `epoch` of the worker, 0 where nothing of the attempt became durable.
+    """
+
+    worker: Name
+    attempt: Positive
+    position: Count = 0
+    epoch: Count = 0
+    reason: Text = ""
+
+
+class RequestQuarantined(Message, frozen=True, tag="request.quarantined"):
+    """requests > dead: this request is given up, with what happened under it. The fact at `accepted` has its body."""
+
+    request: Name
+    model: Name
+    client: Annotated[str, Meta(max_length=200)]
+    key: Annotated[str, Meta(max_length=200)]
+    accepted: Count
+    deaths: tuple[Death, ...]
+    reason: Text = ""
     choice: Choice | None = None
 
 

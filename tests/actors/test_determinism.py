@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DECIDING = [
     "actors/actor.py", "actors/cell.py", "actors/gpu.py", "actors/placement.py",
-    "actors/migration.py", "actors/placement_books.py", "actors/placement_moves.py", "actors/placement_pump.py",
+    "actors/dead_letters.py", "actors/migration.py",
+    "actors/placement_books.py", "actors/placement_moves.py", "actors/placement_pump.py",
     "actors/placement_start.py",
     "actors/placement_state.py", "actors/request_moves.py",
     "actors/request_state.py", "actors/requests.py", "actors/rules.py", "actors/store.py",
@@ -22,7 +23,8 @@ DECIDING = [
 ALLOWED = {
     "__future__", "typing", "collections", "hashlib", "msgspec", "bus.messages", "bus.contract", "bus.ordering",
     "bus.subjects", "actors.actor", "actors.gpu", "actors.placement",
-    "actors.migration", "actors.placement_books", "actors.placement_moves", "actors.placement_pump",
+    "actors.dead_letters", "actors.migration",
+    "actors.placement_books", "actors.placement_moves", "actors.placement_pump",
     "actors.placement_start",
     "actors.placement_state", "actors.request_moves",
     "actors.request_state", "actors.requests", "actors.rules", "actors.store",

@@ -11,6 +11,7 @@ from actors.actor import Unexpected
 from actors.requests import REJECTIONS_LIMIT, REPLIES_LIMIT, Requests
 from bus.messages import (
     CancelRequested,
+    Death,
     Generation,
     Message,
     ModelAdded,
@@ -23,6 +24,7 @@ from bus.messages import (
     RequestAccepted,
     RequestEnded,
     RequestPlaced,
+    RequestQuarantined,
     RequestsConfigured,
     RunSequence,
     SequenceEnded,
@@ -188,6 +190,24 @@ def test_the_limit_of_deaths_is_configuration() -> None:
     requests = running()
     requests.handle(RequestsConfigured(deaths_limit=1), 20)
     assert ends(requests.handle(SequenceEnded(R, 1, ""), 30)).outcome == "quarantined"
+
+
+def test_a_dead_letter_tells_what_happened_where_the_cell_wants_them() -> None:
+    requests = running()
+    requests.handle(RequestsConfigured(deaths_limit=2, dead_letters=True), 20)
+    requests.handle(SequenceRejected(R, 1, "full", retry=True), 30)
+    requests.handle(RequestPlaced(R, 2, W0), 30)
+    requests.handle(SequenceEnded(R, 2, "", span(0, 4, 2, sealed=20)), 30)
+    requests.handle(RequestPlaced(R, 3, W1), 30)
+    said = requests.handle(SequenceEnded(R, 3, ""), 40)
+    (letter,) = [to.message for to in said if to.receiver == "dead"]
+    assert isinstance(letter, RequestQuarantined)
+    assert letter.deaths == (
+        Death(W0, 1, 0, 0, "invalid_request: full"),
+        Death(W0, 2, 4, 3, "its worker died"),
+        Death(W1, 3, 4, 0, "its worker died"),
+    )
+    assert letter.accepted == 7 and letter.reason == ends(said).reason
 
 
 @pytest.mark.parametrize("code", ["queue_full", "too_large", "unknown_model", "start_failed"])

@@ -97,6 +97,10 @@ SENTENCES: list[tuple[m.Message, str]] = [
         m.RequestEnded(REQUEST, "a", "quarantined", 5, reason="3 workers died under it", attempts=3),
         "request 3f2a91c0… was quarantined after 5 tokens, 3 attempts: 3 workers died under it",
     ),
+    (
+        m.RequestQuarantined(REQUEST, "a", "c", "k", 7, (m.Death("gpu/s1/0", 1, 5, 3),), "1 worker died"),
+        "request 3f2a91c0… for a is a dead letter after 1 attempt: 1 worker died",
+    ),
     (m.RequestEnded(REQUEST, "a", "failed", 0, code="x", reason="no"), "request 3f2a91c0… failed after 0 tokens: no"),
     (m.StepSkipped(9, "placement", "KeyError: 'x'"), "fact 9 was skipped, placement failed on it: KeyError: 'x'"),
 ]  # fmt: skip
