@@ -70,6 +70,7 @@ class NodeOptions:
     context: int = DEFAULT_CONTEXT
     log_json: bool = False
     health: str = ""
+    catch_up: bool = True
 
     @property
     def models(self) -> Path:
@@ -181,6 +182,7 @@ def worker_settings(options: NodeOptions, index: int) -> WorkerSettings:
         device=f"cuda:{index}" if options.device == "cuda" else options.device,
         threads=options.threads,
         log_json=options.log_json,
+        catch_up=options.catch_up,
     )
 
 

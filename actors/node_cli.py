@@ -53,6 +53,10 @@ def node(
     ] = 4096,
     health: HealthOption = "",
     log_json: LogJsonOption = False,
+    catch_up: Annotated[
+        bool,
+        typer.Option("--catch-up/--no-catch-up", hidden=True, help="No: what moves here stops first; for benches."),
+    ] = True,
 ) -> None:
     """Run one server of a cell: its storage tiers and its workers, restarted when they die.
 
@@ -83,6 +87,7 @@ def node(
         context=context,
         log_json=log_json,
         health=health,
+        catch_up=catch_up,
     )
     _make_models_directory(options.models)
     configure_logs(as_json=log_json, process=f"node {server}")

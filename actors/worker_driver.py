@@ -79,8 +79,10 @@ class WorkerDriver:
         max_slots: int,
         runtime: WorkerRuntime,
         process: int = 0,
+        catch_up: bool = True,
     ) -> None:
         self.name = f"gpu/{server}/{index}"
+        self._catch_up = catch_up
         self.runtime = runtime
         self._bus = bus
         self._subjects = subjects
@@ -98,7 +100,7 @@ class WorkerDriver:
         return self._started
 
     async def run(self, epoch: Epoch) -> None:
-        work = _Work(self._bus, self._subjects, self.name, self.runtime, epoch)
+        work = _Work(self._bus, self._subjects, self.name, self.runtime, epoch, catch_up=self._catch_up)
         try:
             await work.run()
         except Fenced as fenced:
@@ -108,7 +110,9 @@ class WorkerDriver:
 class _Work:
     """One epoch of a worker."""
 
-    def __init__(self, bus: Bus, subjects: Subjects, name: str, runtime: WorkerRuntime, epoch: Epoch) -> None:
+    def __init__(
+        self, bus: Bus, subjects: Subjects, name: str, runtime: WorkerRuntime, epoch: Epoch, *, catch_up: bool
+    ) -> None:
         self._epoch = epoch
         self._runtime = runtime
         prompts = Prompts(bus.ledger, bus.tokens, bus.parts, subjects)
@@ -139,6 +143,7 @@ class _Work:
             self._engines,
             self._tasks,
             self._compute_wanted.set,
+            catch_up=catch_up,
         )
 
     async def run(self) -> None:

@@ -107,7 +107,10 @@ class FollowedSequence:
 
 
 class Followers:
-    """All sequences that one epoch of a worker follows. `wanted` is called when `feed` has something to do."""
+    """All sequences that one epoch of a worker follows. `wanted` is called when `feed` has something to do.
+
+    `catch_up` false: the source is let go as soon as a slot is taken here (stop and recompute).
+    """
 
     def __init__(
         self,
@@ -119,7 +122,10 @@ class Followers:
         engines: dict[str, Engine],
         tasks: Tasks,
         wanted: Callable[[], None],
+        *,
+        catch_up: bool = True,
     ) -> None:
+        self._catch_up = catch_up
         self._epoch, self._tokens, self._subjects = epoch, tokens, subjects
         self._preparing, self._runtime, self._engines = preparing, runtime, engines
         self._tasks, self._wanted = tasks, wanted
@@ -278,9 +284,12 @@ class Followers:
     def _count(self, followed: FollowedSequence, engine: Engine) -> None:
         """Whether a round has ended, and whether it was the last."""
         computed = followed.fed - engine.left(followed.key)
+        effect = followed.effect
+        if not self._catch_up and not followed.answered:
+            followed.answered = True
+            self._state(CaughtUp(effect.request, effect.attempt, 1, 0), followed.number)
         if followed.answered or computed < followed.goal:
             return
-        effect = followed.effect
         left = len(followed.tokens) - followed.goal
         duration_ns = int((self._now() - followed.began) * 1e9)
         finished = RoundFinished(

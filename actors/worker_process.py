@@ -64,6 +64,7 @@ async def serve_worker(settings: WorkerSettings, beat: Beat) -> None:
         max_slots=settings.max_slots,
         runtime=runtime,
         process=os.getpid(),
+        catch_up=settings.catch_up,
     )
     shell = DriverShell(bus, bus.subjects, driver, boot=lambda: secrets.token_hex(8))
     running = loop.create_task(shell.run())

@@ -10,7 +10,10 @@ from bus.credentials import ConnectionOptions
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """`memory_bytes`: weights and KV cache together; `threads`: those of its steps."""
+    """`memory_bytes`: weights and KV cache together; `threads`: those of its steps.
+
+    `catch_up` false: who moves here is let go by its source at once and recomputed after that; for benches.
+    """
 
     nats: ConnectionOptions
     cell: str
@@ -22,6 +25,7 @@ class WorkerSettings:
     device: str = "cpu"
     threads: int = 1
     log_json: bool = False
+    catch_up: bool = True
 
 
 class Beat(Protocol):
