@@ -22,6 +22,7 @@ from pathlib import Path
 
 from actors.driver import HEARTBEAT_SECONDS, DriverShell
 from actors.local_storage import DEFAULT_CONTEXT, LocalStorage
+from actors.node_leaving import until_drained
 from actors.store_driver import StoreDriver
 from actors.worker_settings import WorkerSettings, start_worker
 from bus.credentials import ConnectionOptions
@@ -102,6 +103,7 @@ async def run_node(options: NodeOptions) -> None:
             for worker in workers:
                 tasks.start(worker.supervise(), worker.name)
             tasks.start(_until(ending), "ending")
+            tasks.start(_leave(bus, options.server), "leaving")
             tasks.start(_alone(shell, options.server), "alone")
             health.reasons = lambda: obstacles(bus, shell, workers)
             with contextlib.suppress(_Ending):
@@ -275,6 +277,12 @@ def _context() -> ForkServerContext:
 
 class _Ending(Exception):
     """Somebody asked this node to end."""
+
+
+async def _leave(bus: JetStreamBus, server: str) -> None:
+    await until_drained(bus, bus.subjects, server)
+    logger.info("node %s was drained and leaves", server)
+    raise _Ending
 
 
 async def _until(ending: asyncio.Event) -> None:

@@ -21,7 +21,7 @@ Rules
 
 from __future__ import annotations
 
-from actors.placement_moves import PlacementMoves
+from actors.placement_drain import PlacementDrain
 from actors.placement_state import (
     FAILURES_LIMIT,
     SECOND,
@@ -53,7 +53,7 @@ from bus.messages import (
 )
 
 
-class Placement(PlacementMoves):
+class Placement(PlacementDrain):
     """See the head of this file."""
 
     # ---- requests ---------------------------------------------------------------------------------------------
@@ -78,6 +78,10 @@ class Placement(PlacementMoves):
         return self._start(message.model, now) if waiting_here == 1 or waiting_here > model.enough else []
 
     def on_SlotReleased(self, message: SlotReleased, now: int) -> list[To]:
+        said = self._release(message, now)
+        return [*said, *self._see_drained(now)] if self.state.draining else said
+
+    def _release(self, message: SlotReleased, now: int) -> list[To]:
         placed = self.state.placed.get(message.request)
         if placed is not None and placed.attempt == message.attempt:
             del self.state.placed[message.request]
@@ -107,7 +111,7 @@ class Placement(PlacementMoves):
             server = self.state.servers[message.server] = Server(message.dram_bytes, loading={})
         server.up, server.dram_bytes, server.loading = True, message.dram_bytes, {}
         found = {held.card.model: held for held in message.models}
-        said: list[To] = []
+        said = self._in_service(message.server, "it has started anew")
         for name, model in list(self.state.models.items()):
             if name not in found and model.servers.pop(message.server, None) is not None:
                 said += self._settle(name, f"server {message.server} came back without {name}, and no other holds it")
@@ -191,7 +195,8 @@ class Placement(PlacementMoves):
         return [*said, *self._refuse_too_large(), *self._pump(now)]
 
     def on_WorkerGone(self, message: WorkerGone, now: int) -> list[To]:
-        return [*self._lose(message.worker, now), *self._pump(now)]
+        said = [*self._lose(message.worker, now), *self._pump(now)]
+        return [*said, *self._see_drained(now)] if self.state.draining else said
 
     def on_InstanceReady(self, message: InstanceReady, now: int) -> list[To]:
         model = self.state.models.get(message.model)

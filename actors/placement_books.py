@@ -138,6 +138,7 @@ class PlacementBooks(Actor):
     def _index(self, worker: str, model: KnownModel, instance: RunningInstance) -> None:
         """Keep `model.open` true after the status or the slots in use of one of its instances changed."""
         takes = instance.status == "running" and not instance.outdated
+        takes = takes and self.state.workers[worker].server not in self.state.draining
         free = instance.slots - len(instance.active) if takes else 0
         if free == instance.free:
             return

@@ -64,6 +64,8 @@ class PlacementMoves(PlacementPump):
         return said
 
     def _is_allowed(self, worker: str, wish: SlotWish) -> bool:
+        if self.state.workers[worker].server in self.state.draining:
+            return False
         return worker != wish.source and wish.to in ("", worker, self.state.workers[worker].server)
 
     def _open_elsewhere(self, model: KnownModel, wish: SlotWish) -> str | None:

@@ -101,6 +101,8 @@ class PlacementPump(PlacementBooks):
         while True:
             starting, running = 0, False
             for worker in model.instances:
+                if self.state.workers[worker].server in self.state.draining:
+                    continue
                 instance = self.state.workers[worker].instances[name]
                 starting += instance.slots if instance.status == "starting" else 0
                 running = running or instance.status in ("starting", "running")

@@ -103,7 +103,7 @@ def _weigh(
     tier = model.servers.get(worker.server)
     if server is None or not server.up or tier is None or card.model in worker.instances:
         return None
-    if worker.server in model.replaced:
+    if worker.server in model.replaced or worker.server in state.draining:
         return None
     slots, kv_bytes = kv_plan(card, worker.memory_bytes, worker.max_slots)
     if not slots:
@@ -214,6 +214,8 @@ def choose_drain(state: PlacementState, model: KnownModel) -> tuple[str, list[tu
     for name, worker in state.workers.items():
         server = state.servers.get(worker.server)
         if server is None or not server.up or worker.server not in model.servers or name in drained:
+            continue
+        if worker.server in state.draining:
             continue
         slots, kv_bytes = kv_plan(card, worker.memory_bytes, worker.max_slots)
         if not slots or any(i.status in ("starting", "stopping") for i in worker.instances.values()):

@@ -127,9 +127,18 @@ class SlotWish(msgspec.Struct):
     starts: int = 0
 
 
+class Drain(msgspec.Struct):
+    """A server that takes nothing new. `until`: when what is left there is left to recovery; `told`: that is over."""
+
+    until: int
+    leave: bool = False
+    told: bool = False
+
+
 class PlacementState(msgspec.Struct):
     """`queues`: waiting requests by model, each in order of acceptance; `room`: what is drained for a model;
     `placed`: slots in use, and `kept`: slots for those who run elsewhere still, by request; `wishes`: who wants such;
+    `draining`: servers that take nothing new;
     `removing`: models that go as soon as they are idle; `sizes`: all workers that were ever up; `refused`: the request
     whose several answers were the last not to find room in the queue."""
 
@@ -140,6 +149,7 @@ class PlacementState(msgspec.Struct):
     placed: dict[str, Placed] = {}
     kept: dict[str, Placed] = {}
     wishes: dict[str, SlotWish] = {}
+    draining: dict[str, Drain] = {}
     sizes: dict[str, WorkerSize] = {}
     room: dict[str, Room] = {}
     removing: dict[str, bool] = {}

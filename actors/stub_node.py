@@ -12,6 +12,7 @@ import secrets
 import signal
 
 from actors.driver import DriverShell
+from actors.node_leaving import until_drained
 from actors.store_driver import StoreDriver
 from actors.stub_runtime import VOCABULARY, StubRuntime
 from actors.stub_storage import StubStorage
@@ -74,6 +75,8 @@ async def run_stub_node(
         drivers.append(DriverShell(bus, subjects, worker, boot=lambda: secrets.token_hex(8)))
     for driver in drivers:
         tasks.start(driver.run(), "stub driver")
+    leaving = tasks.start(until_drained(bus, subjects, server), "leaving")
+    leaving.add_done_callback(lambda done: ending.set())
     await ending.wait()
     await tasks.stop()
     await bus.close()

@@ -34,7 +34,7 @@ WORKER_KINDS = ("worker.started", "model.attached", "attach.failed", "model.deta
 CONTROL_KINDS = ("request.accepted", "cancel.requested", "reader.attached", "requests.configured", "model.added",
                  "model.removed", "placement.configured", "driver.lost", "sequences.sealed", "timer.fired",
                  "rules.activated")  # fmt: skip
-OPERATOR_KINDS = ("rules.activated", "difference.accepted", "migrate.requested")
+OPERATOR_KINDS = ("rules.activated", "difference.accepted", "migrate.requested", "drain.requested")
 
 FACT_KINDS: dict[Role, tuple[str, ...]] = {
     "client": (),

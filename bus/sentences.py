@@ -40,6 +40,7 @@ STYLES = (
     ("slot", "magenta"),
     ("instance", "magenta"),
     ("migrate", "cyan"),
+    ("drain", "blue"),
     ("move", "cyan"),
     ("heir", "cyan"),
     ("handover", "cyan"),

@@ -307,6 +307,24 @@ _say(
 # ---- models, servers, instances -------------------------------------------------------------------------------
 
 _say(m.ModelAdded, lambda e, s, r: f"model {e.model} was added")
+_say(
+    m.DrainRequested,
+    lambda e, s, r: (
+        f"server {e.server} is to be in service again"
+        if e.undo
+        else f"an operator wants server {e.server} drained within {duration(e.deadline_ms * 1_000_000)}"
+    ),
+)
+_say(
+    m.ServerDrained,
+    lambda e, s, r: (
+        f"server {e.server} is not drained{why(e.reason)}"
+        if e.reason
+        else f"server {e.server} is drained"
+        + (f" but for {plural(e.left, 'sequence')}" if e.left else "")
+        + (", its process may end" if e.leave else "")
+    ),
+)
 _say(m.ModelRemoved, lambda e, s, r: f"model {e.model} is to go")
 _say(m.PlacementConfigured, lambda e, s, r: f"at most {plural(e.queue_limit, 'request')} may wait for a slot")
 _say(

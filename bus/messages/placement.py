@@ -58,6 +58,19 @@ class PlacementConfigured(Message, frozen=True, tag="placement.configured"):
     queue_limit: Positive = 1000
 
 
+class DrainRequested(Message, frozen=True, tag="drain.requested"):
+    """An operator wants nothing to run on this server any more; `undo`: it is in service again.
+
+    `deadline_ms`: how long what runs there may take to move; the rest is left to recovery. `leave`: then its process
+    ends.
+    """
+
+    server: Name
+    deadline_ms: Count = 30_000
+    leave: bool = False
+    undo: bool = False
+
+
 # ---- between actors ---------------------------------------------------------------------------------------
 
 
@@ -73,6 +86,18 @@ class ServerGone(Message, frozen=True, tag="server.gone"):
     """store > placement: the storage driver of this server is lost."""
 
     server: Name
+
+
+class ServerDrained(Message, frozen=True, tag="server.drained"):
+    """placement > node: nothing runs on this server any more, or its time is over and `left` sequences do.
+
+    `leave`: the process of the server is to end. `reason`: why it was not drained.
+    """
+
+    server: Name
+    left: Count = 0
+    leave: bool = False
+    reason: Text = ""
 
 
 class ModelHeld(Message, frozen=True, tag="model.held"):
