@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 # Installed first and alone: the largest part, which then is found already there.
 TORCH := torch==2.13.0
 
-.PHONY: demo setup test lint clean
+.PHONY: demo setup test soak lint clean
 
 demo: setup
 	$(BIN)/longshore demo
@@ -30,6 +30,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Ten thousand worlds that move much; goes on where it was interrupted. `rm .soak.jsonl` begins anew.
+soak: setup
+	$(BIN)/longshore chaos soak --seeds 10000 --state .soak.jsonl
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from random import Random
 from typing import Any
 
+import msgspec
+
 from bus.messages import ModelCard
 from chaos.faults import Odds, draw_odds
 
@@ -30,13 +32,14 @@ class Troubles:
 @dataclass(frozen=True, slots=True)
 class Options:
     """`disturb_every`: virtual seconds between disturbances, on average. `crash_at_record`: the chance that somebody
-    dies as a record is stored; `crash_at` is the number of the one record (counted over both logs, 0 for none) whose
-    publisher dies then, before or after it learns of it. `wobble`: engines whose tokens depend on the engine, as in
+    dies as a record is stored, `crash_at_move` the same for one with which a phase of a move begins; `crash_at` is the
+    number of the one record (counted over both logs, 0 for none) whose publisher dies then, before or after it learns of it.
+    `wobble`: engines whose tokens depend on the engine, as in
     bf16. `removals`: how often the operator takes a model out. `moves`: how often it wants something moved
     (chaos.moves). `several`: the share of requests that ask for several answers. `upgrade`: all controls begin as old
     programs and are replaced, the rules switched (chaos.upgrades). `snapshot_facts`: facts between two snapshots;
     `snapshot_trouble`: the chance that the writer of a piece dies, and that the disk loses a part of it; `generations`:
-    whether the ledger's beginning is dropped now and then.
+    whether the ledger's beginning is dropped now and then. `long_answers`: of 40 to 200 tokens.
     """
 
     seed: int
@@ -58,6 +61,7 @@ class Options:
     disturbances: tuple[str, ...] = ()
     disturb_every: float = 1.0
     crash_at_record: float = 0.0
+    crash_at_move: float = 0.0
     removals: int = 0
     several: float = 0.15
     upgrade: bool = False
@@ -67,6 +71,7 @@ class Options:
     snapshot_facts: int = 50
     snapshot_trouble: float = 0.0
     generations: bool = False
+    long_answers: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """For people and for JSON: the fault kinds that are on, with their odds."""
@@ -138,6 +143,24 @@ def _roomy(options: Options) -> Options:
         memory_bytes=2 * options.memory_bytes,
         max_slots=max(3, options.max_slots),
         requests=options.requests + 15,
+    )
+
+
+def moving(seed: int) -> Options:
+    """A world of long answers, of which its operator moves many, with deaths at any record."""
+    options = _roomy(draw(seed))
+    cards = tuple(msgspec.structs.replace(card, context=512) for card in options.models)
+    most = max(card.weight_bytes + card.context * card.kv_bytes_per_token for card in cards)
+    return replace(
+        options,
+        models=cards,
+        memory_bytes=3 * most,
+        moves=150,
+        long_answers=True,
+        crash_at_move=0.05,
+        requests=20,
+        removals=0,
+        crash_at_record=Random(f"deaths {seed}").choice((0.003, 0.01, 0.02)),
     )
 
 

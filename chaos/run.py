@@ -23,7 +23,10 @@ Say = Callable[[float, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came of one seed. `events` are (virtual seconds, what happened); `seconds` are real ones."""
+    """What came of one seed. `events` are (virtual seconds, what happened); `seconds` are real ones.
+
+    `kills`: how many moves were in each phase at a death.
+    """
 
     options: Options
     violations: tuple[Violation, ...]
@@ -35,6 +38,8 @@ class Verdict:
     virtual_seconds: float
     quiet_after: float
     seconds: float
+    moves: int = 0
+    kills: tuple[tuple[str, int], ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -93,6 +98,8 @@ def run_world(options: Options, say: Say | None = None) -> Verdict:
         virtual_seconds=virtual,
         quiet_after=world.quiet_after,
         seconds=time.perf_counter() - started,
+        moves=world.phases.moves,
+        kills=tuple(world.phases.kills.items()),
     )
 
 

@@ -33,6 +33,7 @@ from chaos.moves import Mover
 from chaos.observer import Observer
 from chaos.operators import Operator
 from chaos.options import Options
+from chaos.phases import Phases
 from chaos.processes import Process, WatchedBus
 from chaos.promises import Promise, Violations
 from chaos.upgrades import Upgrade
@@ -66,6 +67,7 @@ class World:
         self.observer = Observer(self.violations, self.now)
         self.server = MemoryServer(CELL, dedupe_seconds=options.dedupe_seconds)
         self.subjects = Subjects(CELL)
+        self.phases = Phases(self.subjects)
         self.starts: dict[str, Any] = {}
         self.samples: list[Sample] = []
         self.troubled = True
@@ -81,6 +83,7 @@ class World:
         self._say = say
         self._random = seeded("world", options.seed)
         self._snapshot_random = seeded("snapshots", options.seed)
+        self._move_random = seeded("deaths of moves", options.seed)
         self._faults: list[SeededFaults] = []
         self._lines: dict[str, int] = {}
         self._boots: dict[str, Process] = {}
@@ -269,6 +272,9 @@ class World:
         if log == "parts":
             return  # their publishers are applications, which do not die
         self.observer.stored(log, record)
+        moving = log == "ledger" and self.phases.stored(record)
+        if log != "ledger":
+            self.phases.page()
         if self._say is not None:
             text = record.payload.decode("utf-8", "replace")
             self._say(self.now(), f"{log} {record.sequence} {record.subject} [{record.publisher}] {text}")
@@ -277,6 +283,8 @@ class World:
         where = f"{log} {record.sequence}"
         if self._stored_count == self.options.crash_at:
             self._kill_at(publisher, where, self.options.crash_before_answer)
+        elif moving and self._move_random.random() < self.options.crash_at_move:
+            self._kill_at(self._anybody(), where, self._move_random.random() < 0.5)
         elif self.troubled and self._random.random() < self.options.crash_at_record:
             victim = publisher if self._random.random() < 0.5 else None
             self._kill_at(victim or self._anybody(), where, self._random.random() < 0.5)
@@ -310,6 +318,7 @@ class World:
         if not self.troubled or not process.up:
             return
         back_after = self._random.choice((0.05, 0.3, 1.0, 2.5)) * self._random.uniform(0.5, 1.5)
+        self.phases.killed()
         self.note(f"{process.name} dies {when}; back in {back_after:.2f} s")
         process.die(back_after)
 
