@@ -32,13 +32,14 @@ class Troubles:
 @dataclass(frozen=True, slots=True)
 class Options:
     """`disturb_every`: virtual seconds between disturbances, on average. `crash_at_record`: the chance that somebody
-    dies as a record is stored, `crash_at_move` the same for one with which a phase of a move begins; `crash_at` is the
-    number of the one record (counted over both logs, 0 for none) whose publisher dies then, before or
-    after it learns of it. `wobble`: engines whose tokens depend on the engine, as in bf16. `removals`: how often the operator takes a model out. `moves`: how often it wants something moved
-    (chaos.moves). `several`: the share of requests that ask for several answers. `upgrade`: all controls begin as old
-    programs and are replaced, the rules switched (chaos.upgrades). `snapshot_facts`: facts between two snapshots;
-    `snapshot_trouble`: the chance that the writer of a piece dies, and that the disk loses a part of it; `generations`:
-    whether the ledger's beginning is dropped now and then. `long_answers`: of 40 to 200 tokens.
+    dies as a record is stored, `crash_at_move` the same for one with which a phase of a move begins; `crash_at` is
+    the number of the one record (counted over both logs, 0 for none) whose publisher dies then, before or after it
+    learns of it. `wobble`: engines whose tokens depend on the engine, as in bf16. `removals`: how often the operator
+    takes a model out. `moves`: how often it wants something moved (chaos.moves). `several`: the share of requests
+    that ask for several answers. `upgrade`: all controls begin as old programs and are replaced, the rules switched
+    (chaos.upgrades). `snapshot_facts`: facts between two snapshots; `snapshot_trouble`: the chance that the writer of
+    a piece dies, and that the disk loses a part of it; `generations`: whether the ledger's beginning is dropped now
+    and then. `long_answers`: of 40 to 200 tokens.
     """
 
     seed: int
