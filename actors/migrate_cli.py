@@ -6,11 +6,14 @@ import asyncio
 import json as json_module
 import re
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bus.options import DEFAULT_CELL, DEFAULT_NATS, CellOption, Failure, JsonOption, NatsOption, connected
+
+if TYPE_CHECKING:
+    from bus.jetstream import JetStreamBus
 
 _REQUEST = re.compile(r"[0-9a-f]{32}")
 
@@ -42,6 +45,7 @@ async def migrate(
     message = MigrateRequested(request=what if is_request else "", model="" if is_request else what, to=to)
     payload = encode(FactEnvelope("operator", msgspec.Raw(encode(message))))
     async with connected(nats, cell) as bus:
+        await _refuse_unknown(bus, cell, "" if is_request else what, to)
         fact = await bus.ledger.append(subjects.fact("migration", kind_of(message)), payload)
         ended = []
         try:
@@ -53,11 +57,26 @@ async def migrate(
         except TimeoutError:
             raise Failure(f"not all moves ended within {wait:g} s; `longshore tail --kind move` shows them") from None
     if json:
-        print(json_module.dumps([msgspec.to_builtins(move) for move in ended]))
+        print(json_module.dumps([{name: getattr(move, name) for name in move.__struct_fields__} for move in ended]))
     elif not ended:
         print(f"nothing of {what} runs")
     if any(not move.moved for move in ended):
         sys.exit(1)
+
+
+async def _refuse_unknown(bus: JetStreamBus, cell: str, model: str, to: str) -> None:
+    """A name that the cell does not know is a mistyped one: said before anything is stated."""
+    from actors.up import cell_status
+
+    status = await cell_status(bus, cell)
+    if status is None:
+        raise Failure(f"no control of cell {cell!r} answers, so nothing would move: see `longshore rules`")
+    servers, workers = status["servers"], status["workers"]
+    models = {name for server in servers.values() for name in server["models"]}
+    if model and model not in models:
+        raise Failure(f"no model {model!r} in this cell; it has: {', '.join(sorted(models)) or 'none'}")
+    if to and to not in servers and to not in workers:
+        raise Failure(f"no server or worker {to!r} in this cell; it has: {', '.join(sorted([*servers, *workers]))}")
 
 
 def _tell(request: str, moved: bool, source: str, destination: str, reason: str, elapsed_ns: int) -> None:

@@ -144,6 +144,11 @@ class EmbeddedServer:
             deadline = time.monotonic() + READY_SECONDS
             while not self._is_ready(ports / f"nats-server_{self._process.pid}.ports"):
                 if self._process.poll() is not None:
+                    if "address already in use" in self._last_words():
+                        raise ServerError(
+                            f"port {self.port} of {self.host} is taken by another process: stop it, or choose another"
+                            " port with --port"
+                        )
                     raise ServerError(
                         f"nats-server ended while it started with store {self.store}: {self._last_words()}"
                     )

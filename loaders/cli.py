@@ -38,7 +38,7 @@ def pack_and_tell(source: Path, destination: Path, json: bool, examiner: Examine
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(help="A packed directory.")],
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="A packed directory.")],
     json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:
     """Check every byte of a packed checkpoint; name the damaged chunks and tensors, and exit with 1.
@@ -66,7 +66,10 @@ def verify(
 def fetch(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A packed directory, or its http(s):// address.")],
     destination: Annotated[
-        Path, typer.Argument(help="The packed directory; an older packed checkpoint there is replaced.")
+        Path,
+        typer.Argument(
+            metavar="DESTINATION", help="The packed directory; an older packed checkpoint there is replaced."
+        ),
     ],
     json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:
@@ -90,7 +93,7 @@ def fetch(
 
 
 def load(
-    path: Annotated[Path, typer.Argument(help="A packed directory, or a plain one with safetensors.")],
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="A packed directory, or a plain one with safetensors.")],
     verify: Annotated[bool, typer.Option(help="Check the chunks of a packed directory on their way.")] = True,
     json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:

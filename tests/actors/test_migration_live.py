@@ -78,6 +78,9 @@ async def test_answers_move_to_another_server_and_back(tmp_path: Path) -> None:
         moved = await asyncio.to_thread(migrate, cell, "stub", "--to", target)
         assert len(moved) == 4 and all(one["moved"] for one in moved), moved
         assert all(source in one["source"] and target in one["destination"] for one in moved)
+        for mistyped in (["stubb"], ["stub", "--to", "n7"]):
+            with pytest.raises(AssertionError, match=f"{mistyped[-1]}' in this cell; it has: "):
+                await asyncio.to_thread(migrate, cell, *mistyped)
         # The same again: what runs there has nowhere to go.
         again = await move(cell, MigrateRequested(model="stub", to=target))
         assert len(again) == 4 and not any(one.moved for one in again), again
