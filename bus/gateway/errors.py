@@ -107,15 +107,14 @@ def from_cell(failure: RequestFailed, names: Mapping[str, str] | None = None) ->
     `names` maps fields of the contract to those of the body.
     """
     status, kind = _STATUS.get(failure.code, (500, SERVER))
-    names = names or {}
-    message, param = renamed(failure.message, names)
+    message, param = renamed(failure.message, names or {})
     code = _NAMES.get(failure.code, failure.code)
     if failure.code == "unknown_model":
         param = "model"
     elif failure.code == "key_reused":
         param = "Idempotency-Key"
     elif status == 400 and "context" in message:
-        param = param or next((names[field] for field in ("messages", "prompt", "input") if field in names), "")
+        param = param or "messages"
         code = "context_length_exceeded"
     retry_ms = (failure.retry_ms or DEFAULT_RETRY_MS) if failure.code in _REPEATABLE else 0
     return HttpError(status, message, kind=kind, code=code, param=param, retry_ms=retry_ms)
