@@ -31,6 +31,8 @@ from bus.wire import header_block, parse_headers, publish_frame, status
 PING_SECONDS = 5
 RECONNECT_WAIT_SECONDS = 0.1
 CONNECT_SECONDS = 2.0
+CANCELLATIONS = 10
+CANCELLATION_SECONDS = 0.2
 WRITE_BUFFER_BYTES = 4 * 1024 * 1024
 
 Hook = Callable[[bytes, bytes, bytes, bytes | None], None]
@@ -40,6 +42,15 @@ _VIOLATION = re.compile(r"permissions violation for (publish|subscription) to \"
 """What a server says where a user lacks a right; nats-py hands it on in lower case."""
 
 _log = logging.getLogger("longshore.bus")
+
+
+async def _end(connecting: asyncio.Task[None] | asyncio.Future[None]) -> None:
+    """Cancel until it is over, or give it up: nats-py loses a cancellation that meets an error of its own."""
+    for _ in range(CANCELLATIONS):
+        connecting.cancel()
+        done, _pending = await asyncio.wait([connecting], timeout=CANCELLATION_SECONDS)
+        if done:
+            return
 
 
 class Listener(Protocol):
@@ -101,8 +112,7 @@ class Connection(Client):
         finally:
             refused.cancel()
             if connection.connections == 0:
-                connecting.cancel()
-                await asyncio.wait([connecting])
+                await _end(connecting)
                 with contextlib.suppress(Exception):
                     await connection.close()
         raise Unreachable(why_not(connection.url, connection._errors, given))

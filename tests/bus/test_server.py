@@ -89,7 +89,7 @@ def test_a_store_has_one_server(tmp_path: Path) -> None:
 def test_a_port_in_use_is_said_and_frees_the_store(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         server = EmbeddedServer(tmp_path / "store", port=taken.getsockname()[1])
-        with pytest.raises(ServerError, match="in use"):
+        with pytest.raises(ServerError, match="is taken by another process"):
             server.start()
     with EmbeddedServer(tmp_path / "store"):
         pass
