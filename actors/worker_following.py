@@ -41,9 +41,9 @@ from bus.subjects import Subjects
 from bus.tasks import Tasks
 from models.contract import AdmissionRefused, Engine, SequenceStart
 
-GAP_TOKENS = 16
-"""Tokens that are recomputed in about the time of one decode step: prefill is about ten times as fast per token as
-decoding (PAPER, contribution 2), and a chunk costs little more than a single token.
+GAP_TOKENS = 4
+"""Tokens that are recomputed in about the time of one decode step. Prefill is about ten times as fast per token as
+decoding (PAPER, contribution 2), but a round from 16 to 4 costs the source nothing and the reader waits for the last one.
 """
 ROUNDS_LIMIT = 8
 RETRY_SECONDS = 0.1

@@ -101,7 +101,7 @@ class SlotEngine:
 
     def busy(self) -> bool:
         """Whether a step has something to compute."""
-        return bool(self._decoding) or any(row.due or not row.held for row in self._by_key.values())
+        return bool(self._decoding) or any(row.left or not row.held for row in self._by_key.values())
 
     def extend(self, key: str, tokens: Iterable[int]) -> None:
         """The next tokens of a held sequence."""
@@ -109,10 +109,10 @@ class SlotEngine:
 
     def left(self, key: str) -> int:
         """Tokens of a held sequence that are still to be computed."""
-        return self._by_key[key].due
+        return self._by_key[key].left
 
     def release(self, key: str) -> None:
-        """A held sequence goes on here."""
+        """A held sequence goes on here; one that is up to date with the next step, without a forward pass for it."""
         self._by_key[key].held = False
 
     def step(self) -> list[TokenEvent]:
@@ -136,15 +136,19 @@ class SlotEngine:
         events: list[TokenEvent] = []
         for sequence in waiting:
             sequence.replay()
-            if sequence.held and not sequence.due:
+            if sequence.held and not sequence.left:
                 continue
             if sequence.ended is not None and not sequence.held:
                 events.append(sequence.already_over())
                 self._leave(sequence)
                 continue
+            if sequence.logits is not None:
+                logits, sequence.logits = sequence.logits, None
+                events += self._answer([sequence], logits)
+                continue
             self._share_prefix(sequence)
             rows, tokens = self._chunk(sequence)
-            return events + self._run(rows, [min(row.due, tokens) for row in rows])
+            return events + self._run(rows, [min(row.left, tokens) for row in rows])
         return events
 
     def _share_prefix(self, sequence: Sequence) -> None:
@@ -154,7 +158,7 @@ class SlotEngine:
         if sequence.cached:
             return
         best, source = SHARED_AT_LEAST - 1, None
-        most = sequence.due if sequence.held else sequence.due - 1
+        most = sequence.left - 1
         for row in self._by_key.values():
             if row is not sequence and not row.poisoned and row.cached > best:
                 same = common_prefix(row.tokens, sequence.tokens, min(row.cached, most))
@@ -172,17 +176,17 @@ class SlotEngine:
         step is lengthened: then the budget is `idle_chunks` chunks.
         """
         budget = self._prefill_chunk if self._decoding else self._prefill_chunk * self._idle_chunks
-        best, best_tokens, best_fed = [oldest], min(oldest.due, budget), 0
+        best, best_tokens, best_fed = [oldest], min(oldest.left, budget), 0
         rows: list[Sequence] = []
         for row in self._present(oldest.slot, self.slots):
             row.replay()
-            if row.ended is not None or not row.due or (row is not oldest and self._will_share(row, oldest)):
+            if row.ended is not None or not row.left or (row is not oldest and self._will_share(row, oldest)):
                 break
             rows.append(row)
-            tokens = min(max(row.due for row in rows), budget // len(rows))
-            if tokens < min(oldest.due, budget):
+            tokens = min(max(row.left for row in rows), budget // len(rows))
+            if tokens < min(oldest.left, budget):
                 break
-            fed = sum(min(row.due, tokens) for row in rows)
+            fed = sum(min(row.left, tokens) for row in rows)
             if fed > best_fed:
                 best, best_tokens, best_fed = list(rows), tokens, fed
         return best, best_tokens
@@ -190,7 +194,7 @@ class SlotEngine:
     @staticmethod
     def _will_share(row: Sequence, oldest: Sequence) -> bool:
         """Whether a row that waits will find its beginning computed by the one before it."""
-        most = min(row.due, oldest.due) if not row.cached else 0
+        most = min(row.left, oldest.left) if not row.cached else 0
         return most >= SHARED_AT_LEAST and common_prefix(row.tokens, oldest.tokens, most) >= SHARED_AT_LEAST
 
     def _present(self, first: int, end: int) -> list[Sequence]:
@@ -211,11 +215,18 @@ class SlotEngine:
         for row, count, poisoned in zip(rows, counts, broken, strict=True):
             row.cached += count
             row.poisoned |= poisoned
-        ready = [index for index, row in enumerate(rows) if row.left == 0]
+        ready = []
+        for index, row in enumerate(rows):
+            if row.left == 0 and row.held:
+                row.logits = logits[index : index + 1].clone()
+            elif row.left == 0:
+                ready.append(index)
         if not ready:
             return []
-        answering = [rows[index] for index in ready]
-        last = logits if len(ready) == len(rows) else logits[ready]
+        return self._answer([rows[index] for index in ready], logits if len(ready) == len(rows) else logits[ready])
+
+    def _answer(self, answering: list[Sequence], last: torch.Tensor) -> list[TokenEvent]:
+        """The next token of rows, from the logits [rows, vocabulary] behind their last ones."""
         places = [row.position for row in answering]
         if any(row.shaping is not None for row in answering):
             last = shape(last, [row.shaping for row in answering], places)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
+
 from bus.logprobs import Alternative, TokenLogprobs
 from models.contract import NO_TOKEN, SequenceStart, TokenEvent
 from models.detokenizer import Decode, Detokenizer
@@ -16,7 +18,7 @@ from models.stops import StopFilter
 class Sequence:
     """`tokens` is prompt and answer; `cached` of them are in the KV cache, at `slot`; `poisoned`
     when its numbers were not finite; `held` while it belongs to another engine; `shaping` is None where the request
-    changes no logits.
+    changes no logits. `logits` [1, vocabulary] stand behind the last token of a held sequence that is up to date.
 
     Text and end follow from the tokens alone: an answer that is continued elsewhere goes on with the same pieces.
     """
@@ -30,6 +32,7 @@ class Sequence:
         "cached",
         "ended",
         "held",
+        "logits",
         "poisoned",
         "shaping",
         "slot",
@@ -44,6 +47,7 @@ class Sequence:
         self.cached = 0
         self.poisoned = False
         self.held = start.held
+        self.logits: torch.Tensor | None = None
         self.ended: str | None = None
         self._decode = decode
         self._eos = eos.union(start.sampling.stop_tokens) if start.sampling.stop_tokens else eos
@@ -62,14 +66,10 @@ class Sequence:
         """Tokens that are not in the cache yet; 1 while it decodes."""
         return len(self.tokens) - self.cached
 
-    @property
-    def due(self) -> int:
-        """Tokens to compute now: a held sequence keeps its last one back, which would make it answer."""
-        return self.left - 1 if self.held else self.left
-
     def extend(self, tokens: Iterable[int]) -> None:
         """Tokens of the answer that another engine made."""
         self.replay()
+        self.logits = None
         for token in tokens:
             self.tokens.append(token)
             self.ended = self._text(token, self.position)[1] or self.ended

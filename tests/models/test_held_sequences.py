@@ -115,3 +115,26 @@ def test_a_held_sequence_goes_on_as_if_undisturbed(loaded, arch, chunk):
             if one.logprobs is not None and other.logprobs is not None:
                 assert one.logprobs.logprob == pytest.approx(other.logprobs.logprob, abs=1e-6)
                 assert [a.token for a in one.logprobs.alternatives] == [a.token for a in other.logprobs.alternatives]
+
+
+def test_who_is_up_to_date_answers_without_a_forward_pass(loaded):
+    model = loaded("llama")
+    start = greedy("one", model.prompts(seed=3, count=1)[0])
+    answer = [event.token for event in undisturbed(model, [start])["one"]]
+    engine = model.engine()
+    engine.admit(replace(start, held=True))
+    for known, token in enumerate(answer[:3]):
+        while engine.busy():
+            assert engine.step() == []
+        assert not engine.left("one")
+        if known < 2:
+            engine.extend("one", [token])
+    passes = []
+    hook = engine._model.register_forward_hook(lambda *_: passes.append(1))
+    engine.release("one")
+    first = engine.step()
+    assert not passes, "its logits were there"
+    second = engine.step()
+    hook.remove()
+    assert [event.token for event in (*first, *second)] == answer[2:4]
+    assert len(passes) == 1
