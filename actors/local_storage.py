@@ -82,6 +82,10 @@ class LocalStorage:
             raise StorageFailed(str(error), gone=True) from error
 
     def _describe(self, model: str, path: Path, manifest: Manifest) -> ModelCard:
+        if manifest.kind == "stored":
+            raise CheckpointError(
+                f"{path} was packed as stored, which nobody here can run; pack it without --as-stored"
+            )
         return ModelCard(
             model=model,
             digest=manifest.digest,

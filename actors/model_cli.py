@@ -82,18 +82,22 @@ def pack(
     destination: Annotated[
         Path, typer.Argument(help="The packed directory; an older packed checkpoint there is replaced.")
     ],
+    as_stored: Annotated[
+        bool,
+        typer.Option("--as-stored", help="Keep names and dtypes, fp8 included; to be loaded, not to be run."),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON object.")] = False,
 ) -> None:
     """Pack a Hugging Face checkpoint, so that it loads at the speed of the hardware.
 
     All or nothing: whatever interrupts it, the destination holds the old checkpoint or the new one. What the engine
-    cannot run is refused.
+    cannot run is refused, unless it is packed as stored.
 
     Example: longshore pack ~/models/Qwen3-0.6B ~/packed/qwen3
     """
     from loaders.cli import pack_and_tell
 
-    pack_and_tell(source, destination, json, EngineExaminer(source))
+    pack_and_tell(source, destination, json, EngineExaminer(source), as_stored=as_stored)
 
 
 def _progress(name: str, hidden: bool) -> Callable[[int, int], None] | None:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from loaders.conversion import Examiner
 
 
-def pack_and_tell(source: Path, destination: Path, json: bool, examiner: Examiner | None = None) -> None:
+def pack_and_tell(
+    source: Path, destination: Path, json: bool, examiner: Examiner | None = None, *, as_stored: bool = False
+) -> None:
     """What `longshore pack` does: packs, and says in one line what came of it."""
     import msgspec
 
@@ -25,7 +27,9 @@ def pack_and_tell(source: Path, destination: Path, json: bool, examiner: Examine
 
     try:
         with _progress(f"Packing {source.name}", hidden=json) as report:
-            manifest = pack_checkpoint(source, destination, progress=report, examiner=examiner)
+            manifest = pack_checkpoint(
+                source, destination, progress=report, examiner=None if as_stored else examiner, as_stored=as_stored
+            )
     except CheckpointError as error:
         _fail(str(error), json)
     if json:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import transformers
@@ -42,8 +42,8 @@ class ModuleState:
     context: int | None
     vocab_size: int
     kv_bytes_per_token: int
-    encoder: bool = False
-    """It has no language-model head: it makes embeddings only."""
+    kind: Literal["decoder", "encoder", "stored"] = "decoder"
+    """`encoder`: it has no language-model head and makes embeddings only. `stored`: nobody looked what it is."""
 
 
 class Examiner(Protocol):
@@ -68,7 +68,7 @@ def load_module_state(source: SourceCheckpoint, examiner: Examiner | None = None
     if dtype is None:
         raise CheckpointError(
             f"{source.directory}: its weights are stored as {source.main_dtype}; "
-            "quantised checkpoints cannot be packed yet"
+            "quantised checkpoints can be packed as they are stored, and not run (--as-stored)"
         )
     _check_memory(source)
     with quiet_transformers():
@@ -99,7 +99,7 @@ def load_module_state(source: SourceCheckpoint, examiner: Examiner | None = None
             context=_context(text_config),
             vocab_size=int(text_config.vocab_size),
             kv_bytes_per_token=0 if encoder else probe.kv_bytes_per_token,
-            encoder=encoder,
+            kind="encoder" if encoder else "decoder",
         )
 
 
@@ -133,7 +133,9 @@ def check_architecture(source: SourceCheckpoint) -> bool:
             "only those can be packed"
         )
     if config.get("quantization_config"):
-        raise CheckpointError(f"{where}: the checkpoint is quantised, and quantised checkpoints cannot be packed yet")
+        raise CheckpointError(
+            f"{where}: the checkpoint is quantised; it can be packed as it is stored, and not run (--as-stored)"
+        )
     return encoder
 
 

@@ -40,7 +40,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """The class of transformers that computes it, such as LlamaForCausalLM."""
     model_type: Name
     dtype: Name
-    """The dtype of most of its bytes, as torch names it: bfloat16, float16, float32, float64."""
+    """The dtype of most of its bytes, as torch names it: bfloat16, float16, float32, float64; of `stored` any."""
     bytes: Count
     """Size of model.safetensors: what a tier has to have room for."""
     tensor_bytes: Count
@@ -59,8 +59,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """
     files: dict[str, CompanionFile]
     """The files beside the weights, by name; one in a folder of its own is `folder/name`."""
-    kind: Literal["encoder"] | msgspec.UnsetType = msgspec.UNSET
-    """`encoder`: it has no language-model head and makes embeddings only. Left out for decoders."""
+    kind: Literal["encoder", "stored"] | msgspec.UnsetType = msgspec.UNSET
+    """`encoder`: it has no language-model head and makes embeddings only. `stored`: packed as it stood, to be loaded
+    and not to be run. Left out for decoders.
+    """
     checksum: Checksum = "0" * 16
     """xxh3 of this document with this field set to zeros."""
 

@@ -44,9 +44,11 @@ def pack_checkpoint(
     progress: Callable[[int, int], None] | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     examiner: Examiner | None = None,
+    as_stored: bool = False,
 ) -> Manifest:
     """Packs the Hugging Face directory `source` into the directory `destination`, and replaces a packed checkpoint
-    there; `examiner` says whether what will run it can.
+    there; `examiner` says whether what will run it can. With `as_stored` tensors keep their names and dtypes, fp8
+    included, and nobody asks whether anything can run them.
 
     Loads the whole model into memory once. `progress(bytes written, bytes in all)` is called from this thread. The
     same source gives the same bytes. A crash at any moment leaves the old destination or the new one. Raises
@@ -57,13 +59,18 @@ def pack_checkpoint(
             f"a chunk of {chunk_bytes} bytes is not possible: choose a multiple of 4096, 4 KiB to 1 GiB"
         )
     source, destination = Path(source).resolve(), _resolve_destination(Path(destination))
-    found = inspect_source(source)
+    found = inspect_source(source, tokenizer=not as_stored)
     _check_destination(source, destination)
     companions = read_companions(source)
     # Not at the top: it brings torch and transformers, and most refusals do not need them.
-    from loaders.conversion import load_module_state
+    if as_stored:
+        from loaders.as_stored import load_stored_state
 
-    state = load_module_state(found, examiner)
+        state = load_stored_state(found)
+    else:
+        from loaders.conversion import load_module_state
+
+        state = load_module_state(found, examiner)
     records = arrange([_shape_of(name, tensor) for name, tensor in state.tensors.items()])
     data_bytes = records[-1].end
     chunks = -(-data_bytes // chunk_bytes)
@@ -214,7 +221,7 @@ def _describe(
         context=state.context,
         vocab_size=state.vocab_size,
         kv_bytes_per_token=state.kv_bytes_per_token,
-        kind="encoder" if state.encoder else msgspec.UNSET,
+        kind=state.kind if state.kind != "decoder" else msgspec.UNSET,
         files={
             name: CompanionFile(bytes=len(content), checksum=f"{checksum_of(content):016x}")
             for name, content in companions.items()

@@ -78,9 +78,9 @@ class SourceCheckpoint:
         return max(sizes, key=lambda dtype: (sizes[dtype], dtype))
 
 
-def inspect_source(directory: Path) -> SourceCheckpoint:
-    """Checks directory, config.json, tokenizer and every shard's header and size; one CheckpointError per kind of
-    trouble.
+def inspect_source(directory: Path, *, tokenizer: bool = True) -> SourceCheckpoint:
+    """Checks directory, config.json, tokenizer (unless nobody will need it) and every shard's header and size; one
+    CheckpointError per kind of trouble.
     """
     if not directory.exists():
         raise CheckpointError(f"there is no directory {directory}")
@@ -106,7 +106,8 @@ def inspect_source(directory: Path) -> SourceCheckpoint:
             raise CheckpointError(f"{directory}: tensor {quote(first)} stands in two shards; download it again")
     if not any(record.end > record.begin for record in tensors):
         raise CheckpointError(f"{directory}: its weights are empty; download it again")
-    if not any((directory / name).exists() for name in TOKENIZER_NAMES) and not list(directory.glob("*.tiktoken")):
+    found = any((directory / name).exists() for name in TOKENIZER_NAMES) or any(directory.glob("*.tiktoken"))
+    if tokenizer and not found:
         raise CheckpointError(
             f"{directory} has no tokenizer (such as tokenizer.json); copy it there from the model's source"
         )

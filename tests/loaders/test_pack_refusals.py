@@ -162,7 +162,7 @@ def lying_shard(source: Path) -> None:
         (unknown_architecture, "does not know the architecture 'GryphonForCausalLM'"),
         (remote_code, "such code is not run"),
         (encoder_decoder, "'t5' is not a decoder-only"),
-        (quantised, "quantised checkpoints cannot be packed"),
+        (quantised, "is quantised; it can be packed as it is stored"),
         (impossible_config, r"config\.json: transformers cannot use it: .*hidden_size"),
         (other_shapes, r"the shape of .*mlp.* is not the one"),
         (fewer_layers, r"hold 'model\.layers\.2\..* and 6 more, which the model does not use"),
