@@ -43,7 +43,7 @@ from models.contract import AdmissionRefused, Engine, SequenceStart
 
 GAP_TOKENS = 4
 """Tokens that are recomputed in about the time of one decode step. Prefill is about ten times as fast per token as
-decoding (PAPER, contribution 2), but a round from 16 to 4 costs the source nothing and the reader waits for the last one.
+decoding (PAPER, contribution 2), but a round from 16 to 4 costs the source nothing, and the reader waits for the last.
 """
 ROUNDS_LIMIT = 8
 RETRY_SECONDS = 0.1
