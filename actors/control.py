@@ -25,7 +25,7 @@ import structlog
 
 from actors.cell import Cell, Said, Step
 from actors.cell_snapshots import SNAPSHOT_FACTS, Capture, SnapshotTaker, find_start
-from actors.gpu import GpuState
+from actors.gpu_state import GpuState
 from actors.intake import Intake
 from actors.readback import accepted_differences
 from actors.replica import Replica, is_urgent

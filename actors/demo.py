@@ -268,7 +268,7 @@ async def _until(ask: Callable[[], Any], reached: Callable[[Any], bool], what: s
 def summary(story: Story, seconds: float) -> dict[str, Any]:
     """One object with the figures of the story."""
     ttft = sorted(asked.ttft_ms for asked in story.asked if asked.first)
-    tiers = {"running": 0, "dram": 0, "ssd": 0}
+    tiers = {"running": 0, "dram": 0, "ssd": 0, "remote": 0}
     for asked in story.asked:
         if asked.tier:
             tiers[asked.tier] += 1

@@ -21,6 +21,7 @@ from typing import Literal, cast
 import msgspec
 
 from actors.actor import Actor, Unexpected
+from actors.gpu_state import GpuState, HeldSequence, Instance, Sealing, Standby
 from bus.messages import (
     AddReader,
     AttachFailed,
@@ -72,7 +73,6 @@ from bus.messages import (
     StartSequence,
     StopInstance,
     StopSequence,
-    Tier,
     To,
     WorkerGone,
     WorkerReady,
@@ -80,64 +80,6 @@ from bus.messages import (
 )
 
 Reason = Literal["", "stop", "length", "cancelled", "deadline"]
-
-
-class Instance(msgspec.Struct):
-    """One model on this device. `evicting`: models that are detached first; `asked`: for its lease; `leased`: it
-    lies in DRAM for us."""
-
-    slots: int
-    kv_bytes: int
-    context: int
-    status: Literal["waiting", "attaching", "running", "detaching"] = "waiting"
-    evicting: list[str] = []
-    asked: bool = True
-    leased: bool = False
-    digest: str = ""
-    tier: Tier = "ssd"
-
-
-class HeldSequence(msgspec.Struct):
-    """A sequence that the driver was told to run; `next` as last reported. Its pages stand behind page `after`.
-
-    `several`: it is one of several answers, whose readers' streams end only behind all of them.
-    """
-
-    request: str
-    attempt: int
-    model: str
-    next: int
-    after: int = 0
-    several: bool = False
-
-
-class Standby(msgspec.Struct):
-    """A sequence that runs elsewhere and is followed here; `dropping`: it is to be forgotten."""
-
-    request: str
-    attempt: int
-    model: str
-    several: bool = False
-    dropping: bool = False
-
-
-class Sealing(msgspec.Struct):
-    """A closed epoch whose token subject is not sealed yet. `parts`: which parts of the statement have come."""
-
-    sequences: dict[str, HeldSequence]
-    parts: dict[int, bool] = {}
-
-
-class GpuState(msgspec.Struct):
-    server: str = ""
-    epoch: int = 0
-    last_page: int = 0
-    started: WorkerStarted | None = None
-    instances: dict[str, Instance] = {}
-    sequences: dict[str, HeldSequence] = {}
-    standbys: dict[str, Standby] = {}
-    readers: list[AddReader] = []
-    sealing: dict[int, Sealing] = {}
 
 
 class Gpu(Actor):
@@ -228,9 +170,14 @@ class Gpu(Actor):
         for model in message.evict:
             said += self._detach(model)
         self.state.instances[message.model] = Instance(
-            slots=message.slots, kv_bytes=message.kv_bytes, context=message.context, evicting=list(message.evict)
+            slots=message.slots,
+            kv_bytes=message.kv_bytes,
+            context=message.context,
+            evicting=list(message.evict),
+            sources=message.sources,
+            urgent=message.urgent,
         )
-        return [*said, To(self._store, LeaseModel(self.name, message.model))]
+        return [*said, self._lease(message.model)]
 
     def on_StopInstance(self, message: StopInstance, now: int) -> list[To]:
         return self._detach(message.model)
@@ -257,7 +204,7 @@ class Gpu(Actor):
             instance.evicting.remove(message.model)
             if not instance.evicting and not instance.asked:
                 instance.asked = True
-                said.append(To(self._store, LeaseModel(self.name, model)))
+                said.append(self._lease(model))
             said += self._attach(model, instance)
         return said
 
@@ -277,6 +224,10 @@ class Gpu(Actor):
             return []
         del self.state.instances[message.model]
         return [To("placement", InstanceFailed(self.name, message.model, message.reason, message.retry))]
+
+    def _lease(self, model: str) -> To:
+        instance = self.state.instances[model]
+        return To(self._store, LeaseModel(self.name, model, instance.sources, instance.urgent))
 
     def _attach(self, model: str, instance: Instance) -> list[To]:
         if instance.status != "waiting" or not instance.leased or instance.evicting:

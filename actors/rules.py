@@ -5,6 +5,9 @@ what stands behind it by the new one, on every replica and in every replay. So b
 
     version 2: of places that are ready equally soon, the device with the least to do gets the instance
         (`order_1` and `order_2` in `actors.placement_start`)
+    version 3: tiers are weighed as one: what is evicted is what costs least to bring back and is wanted latest
+        (`actors.store_room`), models may come from other servers and remote sources, and running models move away for
+        those that start sooner in their place; `self.rules >= 3`
 
 Version N may be taken out, with what is its own in those places, once nobody has to decide by it any more: every cell's
 switch to a later one lies behind its oldest snapshot, and no recording from before that is to be verified by this
@@ -16,12 +19,14 @@ from __future__ import annotations
 FIRST_RULES = 1
 """In force from the beginning of a ledger on, until a fact says otherwise."""
 
-KNOWN_RULES = (1, 2)
+KNOWN_RULES = (1, 2, 3)
 """What this program can follow, in order; the last is the best it knows."""
 
 SENTENCES = {
     1: "of places that are ready equally soon, the first in order of arrival gets the instance",
     2: "of places that are ready equally soon, the device with the least to do gets the instance",
+    3: "what is evicted is what costs least to bring back and is wanted latest, models may come from other servers and "
+    "remote sources, and running models move away for those that start sooner in their place",
 }
 """Per version, for people."""
 

@@ -27,7 +27,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 SERVICE = "$SRV"
 
 STORE_KINDS = ("store.started", "model.loaded", "load.failed", "model.evicted", "model.found", "model.missing",
-               "model.deleted")  # fmt: skip
+               "model.deleted", "load.cancel-taken")  # fmt: skip
 WORKER_KINDS = ("worker.started", "model.attached", "attach.failed", "model.detached", "cancel.taken", "reader.added",
                 "sequence.finished", "sequence.refused", "sequence.failed", "progress.reported", "round.finished",
                 "sequence.caught-up", "hand-over.taken", "sequence.released", "sequence.dropped")  # fmt: skip

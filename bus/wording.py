@@ -128,7 +128,15 @@ def _retry(retry: bool) -> str:
 
 
 def _tier(tier: str) -> str:
-    return {"ssd": "SSD", "dram": "DRAM"}.get(tier, tier)
+    return {"ssd": "SSD", "dram": "DRAM", "remote": "elsewhere"}.get(tier, tier)
+
+
+def _where_from(source: str = "", words: str = " from ") -> str:
+    return f"{words}{source}" if source else ""
+
+
+def _disk(ssd_bytes: int) -> str:
+    return f", {size(ssd_bytes)} of SSD" if ssd_bytes else ""
 
 
 def _evicts(models: Sequence[str]) -> str:
@@ -306,7 +314,7 @@ _say(
 
 # ---- models, servers, instances -------------------------------------------------------------------------------
 
-_say(m.ModelAdded, lambda e, s, r: f"model {e.model} was added")
+_say(m.ModelAdded, lambda e, s, r: f"model {e.model} was added" + _where_from(e.source))
 _say(
     m.DrainRequested,
     lambda e, s, r: (
@@ -330,21 +338,25 @@ _say(m.PlacementConfigured, lambda e, s, r: f"at most {plural(e.queue_limit, 're
 _say(
     m.ServerReady,
     lambda e, s, r: (
-        f"server {e.server} is up with {size(e.dram_bytes)} of DRAM and {plural(len(e.models), 'model')}: "
-        f"{names([held.card.model for held in e.models])}"
+        f"server {e.server} is up with {size(e.dram_bytes)} of DRAM{_disk(e.ssd_bytes)} and "
+        f"{plural(len(e.models), 'model')}: {names([held.card.model for held in e.models])}"
     ),
 )
 _say(m.ServerGone, lambda e, s, r: f"server {e.server} is gone")
 _say(
     m.ModelHeld,
     lambda e, s, r: (
-        f"{e.server} holds {e.card.model} ({size(e.card.weight_bytes)}) in {_tier(e.tier)}"
-        + (f", loaded in {duration(e.duration_ns)}" if e.duration_ns else "")
+        (
+            f"{e.server} can fetch {e.card.model} ({size(e.card.weight_bytes)})"
+            if e.tier == "remote"
+            else f"{e.server} holds {e.card.model} ({size(e.card.weight_bytes)}) in {_tier(e.tier)}"
+        )
+        + (f", loaded in {duration(e.duration_ns)} from {_tier(e.loaded_from)}" if e.duration_ns else "")
     ),
 )
 _say(m.ModelGone, lambda e, s, r: f"{e.server} no longer holds {e.model}")
 _say(m.ModelReplaced, lambda e, s, r: f"a newer {e.model} lies on {e.server}, to be served when the old one is idle")
-_say(m.LookForModel, lambda e, s, r: f"{r} is to look for {e.model}")
+_say(m.LookForModel, lambda e, s, r: f"{r} is to look for {e.model}" + _where_from(e.source))
 _say(m.DropModel, lambda e, s, r: f"{r} is to delete {e.model} once nobody uses it")
 _say(
     m.WorkerReady,
@@ -360,6 +372,7 @@ _say(
         + (f", after stopping {names(e.evict)}" if e.evict else "")
     ),
 )
+_say(m.AbandonStart, lambda e, s, r: f"{r} is to give up the start of {e.model}: nobody waits for it any more")
 _say(m.StopInstance, lambda e, s, r: f"{r} is to stop {e.model}, which is idle")
 _say(
     m.InstanceReady,
@@ -370,7 +383,7 @@ _say(
 )
 _say(m.InstanceFailed, lambda e, s, r: f"{e.model} does not start on {e.worker}{why(e.reason)}{_retry(e.retry)}")
 _say(m.InstanceStopped, lambda e, s, r: f"{e.model} is stopped on {e.worker}, its memory is free")
-_say(m.LeaseModel, lambda e, s, r: f"{e.worker} needs {e.model} in DRAM")
+_say(m.LeaseModel, lambda e, s, r: f"{e.worker} needs {e.model} in DRAM" + _where_from(*e.sources[:1]))
 _say(m.LeaseReturned, lambda e, s, r: f"{e.worker} needs {e.model} no longer")
 _say(m.LeaseGranted, lambda e, s, r: f"{e.model} lies in DRAM for {r}, from {_tier(e.tier)}")
 _say(m.LeaseRefused, lambda e, s, r: f"{e.model} does not get into DRAM for {r}{why(e.reason)}{_retry(e.retry)}")
@@ -385,7 +398,7 @@ _say(
 _say(
     m.StoreStarted,
     lambda e, s, r: (
-        f"store of {e.server} started with {size(e.dram_bytes)} of DRAM, found "
+        f"store of {e.server} started with {size(e.dram_bytes)} of DRAM{_disk(e.ssd_bytes)}, found "
         f"{names([held.card.model for held in e.models])}"
     ),
 )
@@ -395,19 +408,36 @@ _say(m.EpochClosed, lambda e, s, r: f"epoch {e.epoch} of {e.driver} is closed{wh
 
 # ---- drivers: stores ------------------------------------------------------------------------------------------
 
-_say(m.LoadModel, lambda e, s, r: f"{r}: load {e.model} to DRAM")
+_say(m.LoadModel, lambda e, s, r: f"{r}: load {e.model} to DRAM" + _where_from(*e.sources[:1]))
 _say(
     m.ModelLoaded,
-    lambda e, s, r: f"{s} loaded {e.model}, {size(e.loaded_bytes)} in {duration(e.duration_ns)}",
+    lambda e, s, r: (
+        f"{s} loaded {e.model}, {size(e.loaded_bytes)} in {duration(e.duration_ns)}"
+        + (f" from {_tier(e.tier)}" if e.tier != "ssd" else "")
+    ),
 )
 _say(
     m.LoadFailed,
-    lambda e, s, r: f"{s} could not load {e.model}{why(e.reason)}" + ("; it is of no use there" if e.gone else ""),
+    lambda e, s, r: (
+        f"{s} gave up the load of {e.model}{why(e.reason)}"
+        if e.cancelled
+        else f"{s} could not load {e.model}{why(e.reason)}" + ("; it is of no use there" if e.gone else "")
+    ),
 )
-_say(m.EvictModel, lambda e, s, r: f"{r}: let {e.model} go from DRAM{why(e.reason)}")
-_say(m.ModelEvicted, lambda e, s, r: f"{s} let {e.model} go from DRAM")
-_say(m.FindModel, lambda e, s, r: f"{r}: look whether {e.model} lies there")
-_say(m.ModelFound, lambda e, s, r: f"{s} found {e.card.model}, {size(e.card.weight_bytes)}")
+_say(m.CancelLoad, lambda e, s, r: f"{r}: give up the load of {e.model}{why(e.reason)}")
+_say(
+    m.LoadCancelTaken,
+    lambda e, s, r: f"{s} was to give up the load of {e.model}" + ("" if e.found else ", which had ended"),
+)
+_say(m.EvictModel, lambda e, s, r: f"{r}: let {e.model} go from {_tier(e.tier)}{why(e.reason)}")
+_say(m.ModelEvicted, lambda e, s, r: f"{s} let {e.model} go")
+_say(m.FindModel, lambda e, s, r: f"{r}: look whether {e.model} lies there" + _where_from(e.source, " or at "))
+_say(
+    m.ModelFound, lambda e, s, r: f"{s} found {e.card.model}, {size(e.card.weight_bytes)}" + _where_from(e.source, " at ")
+)
+    m.ModelFound,
+    lambda e, s, r: f"{s} found {e.card.model}, {size(e.card.weight_bytes)}" + _where_from(e.source, " at "),
+)
 _say(m.ModelMissing, lambda e, s, r: f"{s} has no {e.model}{why(e.reason)}")
 _say(m.DeleteModel, lambda e, s, r: f"{r}: delete {e.model}")
 _say(m.ModelDeleted, lambda e, s, r: f"{s} deleted {e.model}")

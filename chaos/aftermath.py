@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from actors.cell import Cell
-from actors.gpu import GpuState
+from actors.gpu_state import GpuState
 from actors.migration import MigrationState
 from actors.placement_state import PlacementState
 from actors.replay import verify

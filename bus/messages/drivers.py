@@ -18,7 +18,7 @@ from bus.messages.migration import (
     SequenceDropped,
     SequenceReleased,
 )
-from bus.messages.placement import HeldModel, ModelCard
+from bus.messages.placement import HeldModel, ModelCard, Source, Tier
 from bus.messages.requests import Choice, Generation, ReplyTo, Span
 
 Process = Annotated[int, Meta(ge=0)]
@@ -27,13 +27,19 @@ Process = Annotated[int, Meta(ge=0)]
 
 
 class StoreStarted(Message, frozen=True, tag="store.started"):
-    """A storage driver says what it found. `dram_bytes` is its budget. `sequence` is filled in by the cell."""
+    """A storage driver says what it found. `dram_bytes` is its budget. `sequence` is filled in by the cell.
+
+    `ssd_bytes`: the budget of its disk, 0 for none. `address`: the http base address under which other servers fetch
+    its packed models (`<address>/<escaped model>` is one of them), empty for none.
+    """
 
     server: Name
     dram_bytes: Count
     models: tuple[HeldModel, ...] = ()
     process: Process = 0
     sequence: int = 0
+    ssd_bytes: Count = 0
+    address: Source = ""
 
 
 class WorkerStarted(Message, frozen=True, tag="worker.started"):
@@ -68,31 +74,59 @@ class EpochClosed(Message, frozen=True, tag="epoch.closed"):
 
 
 class LoadModel(Message, frozen=True, tag="model.load"):
-    """Effect: bring the packed checkpoint to DRAM, verified. Answer: model.loaded, load.failed."""
+    """Effect: bring the packed checkpoint to DRAM, verified. Answer: model.loaded, load.failed.
+
+    Where it does not lie on the disk it is fetched from the first of `sources` that has it, to the disk and to DRAM on
+    the way. `urgent`: loads that are not wait for those that are.
+    """
 
     model: Name
     digest: Annotated[str, Meta(max_length=128)]
+    sources: tuple[Source, ...] = ()
+    urgent: bool = True
 
 
 class ModelLoaded(Message, frozen=True, tag="model.loaded"):
+    """`tier`: from where its bytes came."""
+
     model: Name
     loaded_bytes: Count
     duration_ns: Count
+    tier: Tier = "ssd"
 
 
 class LoadFailed(Message, frozen=True, tag="load.failed"):
-    """`gone`: the checkpoint is not (or no longer) usable on this server."""
+    """`gone`: the checkpoint is not (or no longer) usable on this server; `cancelled`: the load was, in time."""
 
     model: Name
     reason: Text
     gone: bool = False
+    cancelled: bool = False
 
 
-class EvictModel(Message, frozen=True, tag="model.evict"):
-    """Effect: let the model go from DRAM. `reason` says why this one. Answer: model.evicted."""
+class CancelLoad(Message, frozen=True, tag="load.cancel"):
+    """Effect: give up the load of this model. Answer: load.cancel-taken; the load itself ends by its own answer."""
 
     model: Name
     reason: Text
+
+
+class LoadCancelTaken(Message, frozen=True, tag="load.cancel-taken"):
+    """`found`: a load of it was under way or waited; its answer may still be that it was loaded."""
+
+    model: Name
+    found: bool
+
+
+class EvictModel(Message, frozen=True, tag="model.evict"):
+    """Effect: let the model go from DRAM, or (`tier` "ssd") from the disk, too. `reason` says why this one.
+
+    Answer: model.evicted.
+    """
+
+    model: Name
+    reason: Text
+    tier: Tier = "dram"
 
 
 class ModelEvicted(Message, frozen=True, tag="model.evicted"):
@@ -100,13 +134,18 @@ class ModelEvicted(Message, frozen=True, tag="model.evicted"):
 
 
 class FindModel(Message, frozen=True, tag="model.find"):
-    """Effect: look whether the model lies on this server. Answer: model.found, model.missing."""
+    """Effect: look whether the model lies on this server, or at `source`. Answer: model.found, model.missing."""
 
     model: Name
+    source: Source = ""
 
 
 class ModelFound(Message, frozen=True, tag="model.found"):
+    """`tier` "remote": it does not lie here, but `source` has it."""
+
     card: ModelCard
+    tier: Tier = "ssd"
+    source: Source = ""
 
 
 class ModelMissing(Message, frozen=True, tag="model.missing"):
@@ -316,6 +355,7 @@ class SequencesSealed(Message, frozen=True, tag="sequences.sealed"):
 
 ANSWERS: dict[type[Message], tuple[type[Message], ...]] = {
     LoadModel: (ModelLoaded, LoadFailed),
+    CancelLoad: (LoadCancelTaken,),
     EvictModel: (ModelEvicted,),
     FindModel: (ModelFound, ModelMissing),
     DeleteModel: (ModelDeleted, ModelMissing),

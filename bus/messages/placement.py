@@ -9,7 +9,11 @@ from msgspec import Meta
 
 from bus.messages.envelope import Count, Message, Name, Positive, Text
 
-Tier = Literal["ssd", "dram"]
+Tier = Literal["remote", "ssd", "dram"]
+"""Where a server has a model nearest: in DRAM, on its SSD, or only elsewhere, from where it can be fetched."""
+
+Source = Annotated[str, Meta(max_length=2000)]
+"""Where a packed checkpoint can be fetched: an absolute directory or an http(s) address; empty for nowhere known."""
 
 
 class ModelCard(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -31,19 +35,21 @@ class ModelCard(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class HeldModel(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A model that a store found on its server, and the tier it lies in."""
+    """A model that a store found on its server, and the tier it lies in. `source`: where it can be had again."""
 
     card: ModelCard
     tier: Tier = "ssd"
+    source: Source = ""
 
 
 # ---- facts ------------------------------------------------------------------------------------------------
 
 
 class ModelAdded(Message, frozen=True, tag="model.added"):
-    """An operator has packed a model under this name; the stores are asked to look for it."""
+    """An operator has packed a model under this name; the stores are asked to look for it, here or at `source`."""
 
     model: Name
+    source: Source = ""
 
 
 class ModelRemoved(Message, frozen=True, tag="model.removed"):
@@ -75,11 +81,16 @@ class DrainRequested(Message, frozen=True, tag="drain.requested"):
 
 
 class ServerReady(Message, frozen=True, tag="server.ready"):
-    """store > placement: this server is up, with this DRAM budget in bytes, and holds these models."""
+    """store > placement: this server is up, with this DRAM budget in bytes, and holds these models.
+
+    `ssd_bytes`: the budget of its disk, 0 for none; `address`: where others fetch its packed models, empty for nowhere.
+    """
 
     server: Name
     dram_bytes: Count
     models: tuple[HeldModel, ...]
+    ssd_bytes: Count = 0
+    address: Source = ""
 
 
 class ServerGone(Message, frozen=True, tag="server.gone"):
@@ -103,13 +114,16 @@ class ServerDrained(Message, frozen=True, tag="server.drained"):
 class ModelHeld(Message, frozen=True, tag="model.held"):
     """store > placement: the nearest tier in which this server holds the model now.
 
-    `duration_ns`: of a finished load, 0 where none was needed.
+    `duration_ns`: of a finished load, 0 where none was needed; `loaded_from`: the tier that it read, and `source`:
+    where the model can be had again.
     """
 
     server: Name
     card: ModelCard
     tier: Tier
     duration_ns: Count = 0
+    loaded_from: Tier = "ssd"
+    source: Source = ""
 
 
 class ModelGone(Message, frozen=True, tag="model.gone"):
@@ -127,9 +141,10 @@ class ModelReplaced(Message, frozen=True, tag="model.replaced"):
 
 
 class LookForModel(Message, frozen=True, tag="model.look"):
-    """placement > store: see whether the model lies on your server."""
+    """placement > store: see whether the model lies on your server, or can be fetched from `source`."""
 
     model: Name
+    source: Source = ""
 
 
 class DropModel(Message, frozen=True, tag="model.drop"):
@@ -154,13 +169,24 @@ class WorkerGone(Message, frozen=True, tag="worker.gone"):
 
 
 class StartInstance(Message, frozen=True, tag="instance.start"):
-    """placement > gpu: make room by stopping the idle models of `evict`, then start `model`."""
+    """placement > gpu: make room by stopping the idle models of `evict`, then start `model`.
+
+    `sources`: from where the store may fetch it, in order of preference; `urgent`: somebody waits for it.
+    """
 
     model: Name
     slots: Positive
     kv_bytes: Positive
     context: Positive
     evict: tuple[str, ...] = ()
+    sources: tuple[Source, ...] = ()
+    urgent: bool = True
+
+
+class AbandonStart(Message, frozen=True, tag="instance.abandon"):
+    """placement > gpu: nobody waits for this start any more; what has not come as far as the device is given up."""
+
+    model: Name
 
 
 class StopInstance(Message, frozen=True, tag="instance.stop"):
@@ -196,10 +222,12 @@ class InstanceStopped(Message, frozen=True, tag="instance.stopped"):
 
 
 class LeaseModel(Message, frozen=True, tag="lease.take"):
-    """gpu > store: bring the model to DRAM and keep it there for this worker."""
+    """gpu > store: bring the model to DRAM and keep it there for this worker; see `StartInstance`."""
 
     worker: Name
     model: Name
+    sources: tuple[Source, ...] = ()
+    urgent: bool = True
 
 
 class LeaseReturned(Message, frozen=True, tag="lease.returned"):

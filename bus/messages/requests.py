@@ -188,7 +188,7 @@ class RequestPlaced(Message, frozen=True, tag="request.placed"):
     request: Name
     attempt: Positive
     worker: Name
-    tier: Literal["running", "dram", "ssd"] = "running"
+    tier: Literal["running", "dram", "ssd", "remote"] = "running"
     waited_ns: Count = 0
 
 

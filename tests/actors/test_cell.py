@@ -31,7 +31,7 @@ from actors.cell import Cell
 from actors.gpu import Gpu
 from actors.placement import Placement
 from actors.requests import Requests
-from actors.rules import UnknownRules
+from actors.rules import KNOWN_RULES, UnknownRules
 from bus.contract import Record
 from bus.messages import (
     AttachFailed,
@@ -166,8 +166,9 @@ def test_unknown_rules_stop_the_cell() -> None:
     bench.alone("cell", RulesActivated(1))
     bench.alone("cell", RulesActivated(2))
     assert bench.cell.rules == 2
-    with pytest.raises(UnknownRules, match=r"rule version 3 .*sequence 3.*run a newer one"):
-        bench.alone("cell", RulesActivated(3))
+    beyond = KNOWN_RULES[-1] + 1
+    with pytest.raises(UnknownRules, match=rf"rule version {beyond} .*sequence 3.*run a newer one"):
+        bench.alone("cell", RulesActivated(beyond))
     (skipped,) = said(Bench().alone("requests", RulesActivated(2)))
     assert isinstance(skipped, StepSkipped), "nobody but the cell takes rules"
 

@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 from world import MS, SECOND, Bench, accepted, said
 
-from actors.gpu import Gpu, Instance
+from actors.gpu import Gpu
+from actors.gpu_state import Instance
 from actors.request_state import RequestsState
 from actors.requests import Requests
 from bus.messages import (

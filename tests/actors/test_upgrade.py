@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from actors.replaying import replay_live
+from actors.rules import KNOWN_RULES
 from actors.rules_cli import activate, described
 from actors.stub_node import MODEL
 from bus.client import Client
@@ -92,7 +93,7 @@ def where(status: dict[str, Any], model: str) -> list[str]:
 
 
 async def test_a_rolling_upgrade_with_a_changed_placement_rule(tmp_path: Path) -> None:
-    old, new = ("live", [1]), ("live", [1, 2])
+    old, new = ("live", [1]), ("live", list(KNOWN_RULES))
     async with live_cell(tmp_path, controls=2, control=OLD, workers=2, models=3, step_seconds=0.005) as cell:
         load = Load(cell.client, [MODEL, f"{MODEL}-1"], lines=6)
         await load.more(12)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import msgspec
 
 from actors.cell import Cell, Step
-from actors.gpu import GpuState
+from actors.gpu_state import GpuState
 from actors.placement_state import PlacementState
 from actors.request_state import RequestsState
 from actors.rules import KNOWN_RULES
