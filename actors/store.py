@@ -25,6 +25,7 @@ from bus.messages import (
     LeaseModel,
     LeaseRefused,
     LeaseReturned,
+    LoadCancelTaken,
     LoadFailed,
     LoadModel,
     LookForModel,
@@ -192,6 +193,9 @@ class Store(Actor):
         return [*said, *self._release(message.model, model)]
 
     def on_ModelEvicted(self, message: ModelEvicted, now: int) -> list[To]:
+        return []
+
+    def on_LoadCancelTaken(self, message: LoadCancelTaken, now: int) -> list[To]:
         return []
 
     # ---- which models there are -------------------------------------------------------------------------------

@@ -433,8 +433,6 @@ _say(m.EvictModel, lambda e, s, r: f"{r}: let {e.model} go from {_tier(e.tier)}{
 _say(m.ModelEvicted, lambda e, s, r: f"{s} let {e.model} go")
 _say(m.FindModel, lambda e, s, r: f"{r}: look whether {e.model} lies there" + _where_from(e.source, " or at "))
 _say(
-    m.ModelFound, lambda e, s, r: f"{s} found {e.card.model}, {size(e.card.weight_bytes)}" + _where_from(e.source, " at ")
-)
     m.ModelFound,
     lambda e, s, r: f"{s} found {e.card.model}, {size(e.card.weight_bytes)}" + _where_from(e.source, " at "),
 )
