@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from loaders.manifest import CompanionFile, Manifest, read_manifest
     from loaders.memory import MemoryPool
     from loaders.packing import pack_checkpoint
+    from loaders.staging import StagingRing
     from loaders.verification import (
         Report,
         populate_checkpoint,
@@ -35,6 +36,7 @@ __all__ = [
     "MappedCheckpoint",
     "MemoryPool",
     "Report",
+    "StagingRing",
     "fetch_checkpoint",
     "load_checkpoint",
     "open_checkpoint",
@@ -57,6 +59,7 @@ _HOMES = {
     "MappedCheckpoint": "loaders.checkpoint",
     "MemoryPool": "loaders.memory",
     "Report": "loaders.verification",
+    "StagingRing": "loaders.staging",
     "fetch_checkpoint": "loaders.fetch",
     "load_checkpoint": "loaders.load",
     "open_checkpoint": "loaders.checkpoint",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,25 @@ ABLATION = (
     "longshore, one thread, direct, small pages",
     "longshore, direct, small pages",
     "longshore, fresh memory",
+    "longshore, pool, checked afterwards",
     "longshore, pool",
+)
+STEPS = (
+    "by tensor",
+    "by tensor, mapped",
+    "in bulk: one thread, 8 MiB at once",
+    "direct, past the page cache",
+    "8 threads",
+    "huge pages",
+    "memory faulted in before",
+    "pipeline: each piece checked while others are read",
+)
+"""What each of ABLATION adds to the one before it."""
+TRAPS = (
+    "Dropping the page cache leaves the cache of a virtual machine's host: every file was read once before, for every "
+    "loader alike.",
+    "Memory that lay idle goes back to the host: as much as the model needs was touched and freed before each run.",
+    "The disk is probed into huge pages, as much of them as is read; into 4 KiB pages it gives",
 )
 
 
@@ -41,6 +60,7 @@ def bench_load(
         list[str] | None, typer.Option("--part", metavar="NAME", help=f"Only this part: {', '.join(PARTS)}.")
     ] = None,
     ablation: Annotated[bool, typer.Option("--ablation", help="Show what each step brings instead.")] = False,
+    cold: Annotated[bool, typer.Option("--cold", help="Leave out the runs from the page cache.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure loading beside what people use: each load in a fresh process, the disk probed around it.
@@ -59,24 +79,33 @@ def bench_load(
 
     if unknown := [one for one in loader or () if one not in LOADERS]:
         raise typer.BadParameter(f"there is no loader {unknown[0]!r}: choose of {', '.join(map(repr, LOADERS))}")
-    tell = _teller(hidden=json)
+    chosen = list(ABLATION) if ablation else loader
+    from loaders.bench_machine import describe_machine
+
+    answer: dict[str, Any] = {"machine": describe_machine(folder), "runs": runs}
+    measured: dict[str, dict[str, Any]] = {}
     try:
-        answer = {
-            f"{count / 1e9:g} GB": _measure(folder, count, runs, list(ABLATION) if ablation else loader, parts, tell)
-            for count in sizes
-        }
+        with _telling() as tell:
+            for count in sizes:
+                measured[f"{count / 1e9:g} GB"] = _measure(folder, count, runs, chosen, parts, not cold, tell)
     except CheckpointError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
     if json:
-        typer.echo(msgspec.json.encode(answer).decode())
+        typer.echo(msgspec.json.encode(answer | measured).decode())
         return
-    for name, measured in answer.items():
-        _show(name, measured)
+    for name, found in measured.items():
+        _show(name, found, ablation=ablation)
 
 
 def _measure(
-    folder: Path, count: int, runs: int, loaders: list[str] | None, parts: list[str], tell: Callable[[str], None]
+    folder: Path,
+    count: int,
+    runs: int,
+    loaders: list[str] | None,
+    parts: list[str],
+    warm_too: bool,
+    tell: Callable[[str], None],
 ) -> dict[str, Any]:
     from loaders import bench_load, bench_parts
     from loaders.bench_loaders import LOADERS
@@ -84,7 +113,7 @@ def _measure(
     found: dict[str, Any] = {}
     if "load" in parts:
         chosen = loaders or [name for name, loader in LOADERS.items() if not loader.step]
-        found["load"] = bench_load.bench_load(folder, count, loaders=chosen, runs=runs, tell=tell)
+        found["load"] = bench_load.bench_load(folder, count, loaders=chosen, runs=runs, warm_too=warm_too, tell=tell)
     if "attach" in parts:
         found["attach"] = bench_parts.bench_attach(folder, count, runs=runs, tell=tell)
     if {"http", "together", "first-token"} & set(parts):
@@ -99,17 +128,19 @@ def _measure(
     return found
 
 
-def _teller(*, hidden: bool) -> Callable[[str], None]:
-    if hidden or not sys.stderr.isatty():
-        return lambda sentence: None
+@contextlib.contextmanager
+def _telling() -> Iterator[Callable[[str], None]]:
+    """What is at work now, on stderr: one line that changes for a person, lines for a file."""
+    if not sys.stderr.isatty():
+        yield lambda sentence: typer.echo(sentence, err=True)
+        return
     from rich.console import Console
 
-    status = Console(stderr=True).status("")
-    status.start()
-    return lambda sentence: status.update(sentence)
+    with Console(stderr=True).status("") as status:
+        yield status.update
 
 
-def _show(name: str, measured: dict[str, Any]) -> None:
+def _show(name: str, measured: dict[str, Any], *, ablation: bool) -> None:
     from statistics import median
 
     from rich.console import Console
@@ -117,7 +148,12 @@ def _show(name: str, measured: dict[str, Any]) -> None:
 
     console = Console()
     if "load" in measured:
-        console.print(_load_table(name, measured["load"]))
+        bench = measured["load"]
+        console.print(_load_table(name, bench, steps=ablation))
+        for trap in TRAPS[:-1]:
+            console.print(trap)
+        console.print(f"{TRAPS[-1]} {bench.probe_small_pages:.2f} instead of {bench.probe:.2f} GB/s.")
+        console.print(_load_verdicts(bench))
     if "attach" in measured:
         table = Table(title=f"{name}: DRAM to usable parameters, milliseconds")
         for heading in ("memory", "tensors", "views", "every page touched"):
@@ -148,12 +184,34 @@ def _show(name: str, measured: dict[str, Any]) -> None:
         )
 
 
-def _load_table(name: str, bench: LoadBench) -> Any:
+def _load_verdicts(bench: LoadBench) -> str:
+    """The ratios that this room promises, where the rows for them were measured; shares over shares."""
+    ours = "longshore, pool"
+    rows = {row.loader: row.median("share") for row in bench.rows}
+    if ours not in rows:
+        return ""
+    words = [f"share of the disk {rows[ours]:.2f}"]
+    others = {name: share for name, share in rows.items() if not name.startswith("longshore")}
+    if others:
+        best = max(others, key=lambda name: others[name])
+        words.append(f"{bench.ratio(ours, best):.2f} of the best of the others ({best})")
+    for other in ("safetensors load_file", "from_pretrained"):
+        if other in rows:
+            words.append(f"{bench.ratio(ours, other):.2f} of {other}")
+    if "longshore, pool, no checksums" in rows:
+        words.append(f"{bench.ratio(ours, 'longshore, pool, no checksums'):.3f} of itself without checksums")
+    return f"{ours}: {', '.join(words)}."
+
+
+def _load_table(name: str, bench: LoadBench, *, steps: bool) -> Any:
     from rich.table import Table
 
     table = Table(title=f"{name} from disk into memory, medians; {bench.dropped}")
     for heading in ("loader", "version", "cold GB/s", "share of the disk", "warm GB/s", "equal"):
         table.add_column(heading, justify="left" if heading in ("loader", "version") else "right")
+    if steps:
+        table.add_column("step")
+    told = dict(zip(ABLATION, STEPS, strict=True))
     for row in bench.rows:
         cold = [run.gigabytes_per_second for run in row.cold]
         table.add_row(
@@ -161,7 +219,8 @@ def _load_table(name: str, bench: LoadBench) -> Any:
             row.version,
             f"{row.median('cold'):.2f} ({min(cold):.2f}-{max(cold):.2f})",
             f"{row.median('share'):.2f}",
-            f"{row.median('warm'):.1f}",
+            f"{row.median('warm'):.1f}" if row.warm else "-",
             "yes" if row.equal else "NO",
+            *([told.get(row.loader, "")] if steps else []),
         )
     return table

@@ -1,9 +1,12 @@
 """`longshore bench load`: this room's loaders beside what people use, each load in a fresh process, the disk probed.
 
-Rate = bytes of the tensors / (load returned + one byte of every 4 KiB page read). Share = rate / mean of the two disk
-probes around the run: the disk's rate drifts, the share compares. Loaders are interleaved; what is told is the median.
+Rate = bytes of the tensors / (load returned + one byte of every 4 KiB page read). Share = rate / mean of two probes of
+the disk around the run, direct reads of the loader's own files: the disk's rate drifts, the share compares. Loaders are
+interleaved; what is told is the median.
 Before a cold run the page cache is dropped (as root: all of it; otherwise the loader's files by fadvise); before every
 run memory of the model's size is touched and freed, so that no loader pays for memory that the host has taken back.
+On a virtual disk the host may still have the files in its own cache: all of them are read once before the first run, so
+that every loader finds them there alike.
 """
 
 from __future__ import annotations
@@ -56,8 +59,18 @@ class Row(msgspec.Struct, frozen=True):
 
 
 class LoadBench(msgspec.Struct, frozen=True):
+    """`dropped` says how the files were made cold. Probes in GB/s: into huge pages, and into 4 KiB pages beside it."""
+
     dropped: str
     rows: tuple[Row, ...]
+    probe: float = 0.0
+    probe_small_pages: float = 0.0
+    probe_bytes: int = 0
+
+    def ratio(self, loader: str, other: str) -> float:
+        """Median of the shares of `loader` over that of `other`; 0 where one of them was not measured."""
+        shares = {row.loader: row.median("share") for row in self.rows}
+        return shares[loader] / shares[other] if shares.get(loader) and shares.get(other) else 0.0
 
 
 def prepare_paths(folder: Path, tensor_bytes: int, loaders: Sequence[str], tell: Callable[[str], None]) -> Paths:
@@ -140,13 +153,17 @@ def bench_load(
     *,
     loaders: Sequence[str] = (),
     runs: int = 5,
+    warm_too: bool = True,
     tell: Callable[[str], None] = lambda sentence: None,
 ) -> LoadBench:
-    """All `loaders` (by default those that are installed) in turn, `runs` times cold and `runs` times warm."""
+    """All `loaders` (by default those that are installed) in turn, `runs` times cold and, if wanted, as often warm."""
     chosen = [name for name in loaders or LOADERS if installed(LOADERS[name])]
     folder.mkdir(parents=True, exist_ok=True)
     paths = prepare_paths(folder, tensor_bytes, chosen, tell)
-    probe = DiskProbe(folder, min(PROBE_BYTES, tensor_bytes))
+    probe = DiskProbe(min(PROBE_BYTES, tensor_bytes))
+    small = DiskProbe(probe.bytes, huge=False)
+    small_rates = [small.measure(paths.shards) for _ in range(3)]
+    del small
     expected = expected_digests(paths)
     cold: dict[str, list[Run]] = {name: [] for name in chosen}
     warm: dict[str, list[Run]] = {name: [] for name in chosen}
@@ -163,28 +180,32 @@ def bench_load(
 
             def before_cold(files: list[Path] = files, measured: list[float] = measured) -> None:
                 nonlocal dropped
-                _warm_memory(tensor_bytes)
                 dropped = drop_cache(files)
-                measured.append(probe.measure())
+                measured.append(probe.measure(files))
+                _warm_memory(tensor_bytes)
 
             answer = run_child(name, paths, check=number == 0, before=before_cold)
-            measured.append(probe.measure())
+            measured.append(probe.measure(files))
             rate = answer["bytes"] / answer["seconds"] / 1e9
             cold[name].append(Run(rate, rate / statistics.mean(measured), *measured))
             versions[name], sizes[name] = answer["version"], answer["bytes"]
             if number == 0:
                 equal[name] = all(answer["digests"].get(key) == digest for key, digest in expected.items())
 
+            if not warm_too:
+                continue
+
             def before_warm(files: list[Path] = files) -> None:
-                _warm_memory(tensor_bytes)
                 _read_through(files)
+                _warm_memory(tensor_bytes)
 
             answer = run_child(name, paths, check=False, before=before_warm)
             warm[name].append(Run(answer["bytes"] / answer["seconds"] / 1e9, 0.0))
     rows = (
         Row(name, versions[name], sizes[name], tuple(cold[name]), tuple(warm[name]), equal[name]) for name in chosen
     )
-    return LoadBench(dropped, tuple(rows))
+    probes = [rate for runs_of in cold.values() for run in runs_of for rate in (run.probe_before, run.probe_after)]
+    return LoadBench(dropped, tuple(rows), statistics.median(probes), statistics.median(small_rates), probe.bytes)
 
 
 def _warm_memory(count: int) -> None:

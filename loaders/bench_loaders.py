@@ -5,7 +5,9 @@ A peer is measured at its default and at its best setting; its version is told. 
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +56,45 @@ def _pooled(paths: Paths, *, verify: bool = True) -> Callable[[], Any]:
 
     pool = MemoryPool(plan_load(paths.packed).memory_bytes)
     return lambda: load_checkpoint(paths.packed, pool=pool, verify=verify).tensors
+
+
+def _pooled_then_checked(paths: Paths) -> Callable[[], Any]:
+    """No pipeline: everything is read, then everything is checked, by as many threads."""
+    from loaders.direct import best_way
+    from loaders.load import READ_THREADS, CheckpointLoad
+    from loaders.memory import MemoryPool
+    from loaders.packed import checksum_of
+    from loaders.plan import plan_load
+    from loaders.read_threads import ReadThreads
+    from loaders.targets import HostTarget
+
+    plan = plan_load(paths.packed)
+    block = MemoryPool(plan.memory_bytes).take(plan.memory_bytes)
+
+    def load() -> Any:
+        silent = plan_load(paths.packed, verify=False)
+        target = HostTarget(silent, block, huge=True)
+        reading = CheckpointLoad(silent, target, ways=map(best_way, plan.files))
+        reading.finish()
+        left = threading.Semaphore(0)
+        damaged: list[int] = []
+        threads = ReadThreads(READ_THREADS)
+
+        def check(index: int) -> None:
+            piece = plan.pieces[index]
+            if checksum_of(block.memory[piece.place : piece.place + piece.count]) != piece.checksum:
+                damaged.append(index)
+            left.release()
+
+        for index in range(len(plan.pieces)):
+            threads.submit(0, functools.partial(check, index))
+        threads.close()
+        for _ in plan.pieces:
+            left.acquire()
+        assert not damaged
+        return reading.tensors
+
+    return load
 
 
 def _fresh(paths: Paths) -> Callable[[], Any]:
@@ -189,7 +230,8 @@ LOADERS: dict[str, Loader] = {
     "longshore, one thread, direct, small pages": Loader(
         lambda paths: _step(paths, threads=1, way="direct"), "packed", step=True
     ),
-    "longshore, direct, small pages": Loader(lambda paths: _step(paths, threads=4, way="direct"), "packed", step=True),
+    "longshore, direct, small pages": Loader(lambda paths: _step(paths, threads=8, way="direct"), "packed", step=True),
+    "longshore, pool, checked afterwards": Loader(_pooled_then_checked, "packed", step=True),
     "safetensors load_file": Loader(_load_file, "source", "safetensors"),
     "safe_open + copy": Loader(_safe_open, "source", "safetensors"),
     "safe_open + copy, huge malloc": Loader(_safe_open, "source", "safetensors", HUGE_MALLOC),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from loaders.errors import CheckpointError
-from loaders.mapping import FileMapping
+from loaders.mapping import cached_bytes
 from loaders.plan import DIRECT_BYTES
 from loaders.reading import open_regular
 
@@ -94,5 +94,4 @@ class LargeFile:
 
 def best_way(path: Path) -> Way:
     """Buffered where most of the file lies in the page cache, direct otherwise."""
-    mapping = FileMapping(path)
-    return "buffered" if 2 * mapping.resident_bytes() > mapping.bytes else "direct"
+    return "buffered" if 2 * cached_bytes(path) > path.stat().st_size else "direct"

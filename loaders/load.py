@@ -19,15 +19,18 @@ from types import TracebackType
 import msgspec
 import torch
 
+from loaders.device_target import DeviceMap, DeviceName, open_device_target
 from loaders.direct import LargeFile, Way, best_way
-from loaders.dtypes import DTYPE_OF_NAME
 from loaders.errors import CheckpointError
-from loaders.memory import Block, MemoryPool
+from loaders.memory import MemoryPool
 from loaders.packed import checksum_of
-from loaders.plan import DIRECT_BYTES, LoadPlan, is_aligned, plan_load
+from loaders.plan import LoadPlan, plan_load
 from loaders.read_threads import URGENT, ReadThreads
+from loaders.staging import StagingRing
+from loaders.targets import HostTarget, LoadTarget
 
-READ_THREADS = 4
+READ_THREADS = 8
+"""Twice what keeps a disk busy: half of them may be checking what they read."""
 SLOW_DISK_BYTES_PER_SECOND = 1e9
 """A disk below this is worth a word: any NVMe reads faster."""
 
@@ -73,16 +76,15 @@ class CheckpointLoad:
     def __init__(
         self,
         plan: LoadPlan,
-        block: Block,
+        target: LoadTarget,
         *,
         ways: Iterable[Way],
         readers: ReadThreads | None = None,
         priority: int = URGENT,
-        huge: bool = False,
         progress: Progress | None = None,
     ) -> None:
         self._began = time.perf_counter()
-        self._plan, self._block, self._huge, self._progress = plan, block, huge, progress
+        self._plan, self._target, self._progress = plan, target, progress
         self._done = [False] * len(plan.pieces)
         self._done_bytes = 0
         self._changed = threading.Condition()
@@ -97,8 +99,8 @@ class CheckpointLoad:
                 self._files.append(LargeFile(path, way))
         except BaseException:
             self._close_files()
+            target.abandon()
             raise
-        self.tensors = self._view()
         own = readers is None
         threads = readers or ReadThreads(READ_THREADS)
         self._threads = max(1, min(threads.threads, len(plan.pieces)))
@@ -107,6 +109,11 @@ class CheckpointLoad:
             threads.submit(priority, functools.partial(self._piece, index))
         if own:
             threads.close()
+        try:
+            self.tensors = target.view()  # while the disk is at work already
+        except BaseException:
+            self.cancel()
+            raise
 
     @property
     def packed(self) -> bool:
@@ -125,6 +132,7 @@ class CheckpointLoad:
             self._changed.wait_for(lambda: self._error is not None or all(self._done[index] for index in wanted))
             if self._error is not None and not all(self._done[index] for index in wanted):
                 raise self._error
+        self._target.wait(wanted)
 
     def finish(self) -> LoadReport:
         """Until everything is there; what it took. Raises CheckpointError, and then nothing of it may be used.
@@ -138,9 +146,15 @@ class CheckpointLoad:
         self._close_files()
         if self._error is not None:
             self.tensors = {}
+            self._target.abandon()
             raise self._error
-        self._settle_misaligned()
-        self._final = self._report()
+        try:
+            copied = self._target.finish()
+        except BaseException as error:
+            self.tensors = {}
+            self._error = error
+            raise
+        self._final = self._report(copied)
         return self._final
 
     def cancel(self) -> None:
@@ -153,19 +167,25 @@ class CheckpointLoad:
 
     def _piece(self, index: int) -> None:
         error: BaseException | None = None
-        began = read = time.perf_counter()
+        began = read = checked = time.perf_counter()
         if self._error is None:
             try:
                 piece = self._plan.pieces[index]
-                room = -(-piece.count // DIRECT_BYTES) * DIRECT_BYTES
-                memory = self._block.memory[piece.place : piece.place + room]
-                self._files[piece.file].read(memory, piece.offset, piece.count)
-                read = time.perf_counter()
-                if piece.checksum is not None and checksum_of(memory[: piece.count]) != piece.checksum:
-                    error = CheckpointError(
-                        f"{self._plan.files[piece.file]}: {self._plan.describe(index)} is damaged (its checksum "
-                        "differs); pack or copy the checkpoint again"
-                    )
+                memory = self._target.room(index)
+                try:
+                    began = time.perf_counter()
+                    self._files[piece.file].read(memory, piece.offset, piece.count)
+                    read = time.perf_counter()
+                    if piece.checksum is not None and checksum_of(memory[: piece.count]) != piece.checksum:
+                        raise CheckpointError(
+                            f"{self._plan.files[piece.file]}: {self._plan.describe(index)} is damaged (its checksum "
+                            "differs); pack or copy the checkpoint again"
+                        )
+                except BaseException:
+                    self._target.dropped(index)
+                    raise
+                checked = time.perf_counter()
+                self._target.arrived(index)
             except BaseException as raised:
                 error = raised
         ended = time.perf_counter()
@@ -177,7 +197,7 @@ class CheckpointLoad:
                 self._done[index] = True
                 self._done_bytes += self._plan.pieces[index].count
                 self._read_seconds += read - began
-                self._check_seconds += ended - read
+                self._check_seconds += checked - read
                 if self._progress is not None:
                     self._progress(self._done_bytes, self._plan.bytes)
             self._ended_at = ended
@@ -186,29 +206,6 @@ class CheckpointLoad:
     def _fail(self, error: BaseException) -> None:
         self._error = self._error or error
         self._changed.notify_all()
-
-    # ---- tensors ----------------------------------------------------------------------------------------------
-
-    def _view(self) -> dict[str, torch.Tensor]:
-        data = torch.frombuffer(self._block.base, dtype=torch.uint8, count=self._block.bytes)
-        tensors: dict[str, torch.Tensor] = {}
-        for placed in self._plan.tensors:
-            dtype = DTYPE_OF_NAME[placed.dtype]
-            if not is_aligned(placed):
-                tensors[placed.name] = torch.empty(placed.shape, dtype=dtype)
-                continue
-            tensors[placed.name] = data[placed.begin : placed.end].view(dtype).view(placed.shape)
-        for alias, name in self._plan.aliases.items():
-            tensors[alias] = tensors[name]
-        return tensors
-
-    def _settle_misaligned(self) -> None:
-        """Tensors that stand where their dtype may not be viewed are copied out; plain files may have such."""
-        for placed in self._plan.tensors:
-            if not is_aligned(placed):
-                target = self.tensors[placed.name].view(-1).view(torch.uint8)
-                data = torch.frombuffer(self._block.base, dtype=torch.uint8, count=self._block.bytes)
-                target.copy_(data[placed.begin : placed.end])
 
     def _pieces_of(self, names: Iterable[str]) -> list[int]:
         places = {tensor.name: tensor for tensor in self._plan.tensors}
@@ -221,13 +218,18 @@ class CheckpointLoad:
 
     # ---- the report -------------------------------------------------------------------------------------------
 
-    def _report(self) -> LoadReport:
+    def _report(self, copied: float) -> LoadReport:
+        """`copied`: seconds that copying to devices kept threads busy; 0 where nothing is copied."""
+        if copied:
+            self._ended_at = time.perf_counter()
         seconds = max(1e-9, self._ended_at - self._began)
         count = self._plan.bytes
         stages = {"read": StageReport(self._read_seconds, self._threads, count)}
         verified = any(piece.checksum is not None for piece in self._plan.pieces)
         if verified:
             stages["checksum"] = StageReport(self._check_seconds, self._threads, count)
+        if copied:
+            stages["copy"] = StageReport(copied, self._threads, count)
         limit = max(stages, key=lambda name: stages[name].seconds)
         ways = {file.way for file in self._files}
         way = ways.pop() if len(ways) == 1 else "mixed"
@@ -242,7 +244,7 @@ class CheckpointLoad:
             gigabytes_per_second=rate / 1e9,
             way=way,
             verified=verified,
-            huge_pages=self._huge,
+            huge_pages=self._target.huge,
             stages=stages,
             limit=limit,
             advice=advice,
@@ -276,8 +278,10 @@ class LoadedCheckpoint:
 def start_load(
     directory: Path | str,
     *,
+    device: DeviceName | DeviceMap | None = None,
     verify: bool = True,
     pool: MemoryPool | None = None,
+    ring: StagingRing | None = None,
     readers: ReadThreads | None = None,
     priority: int = URGENT,
     way: Way | None = None,
@@ -286,23 +290,22 @@ def start_load(
     """Begin a load and return at once; see `load_checkpoint`."""
     plan = plan_load(Path(directory), verify=verify)
     ways = [way or best_way(path) for path in plan.files]
-    memory = pool or MemoryPool(plan.memory_bytes, populate=False)
-    return CheckpointLoad(
-        plan,
-        memory.take(plan.memory_bytes),
-        ways=ways,
-        readers=readers,
-        priority=priority,
-        huge=memory.huge,
-        progress=progress,
-    )
+    target: LoadTarget
+    if device is None or str(device) == "cpu":
+        memory = pool or MemoryPool(plan.memory_bytes, populate=False)
+        target = HostTarget(plan, memory.take(plan.memory_bytes), huge=memory.huge)
+    else:
+        target = open_device_target(plan, device, ring)
+    return CheckpointLoad(plan, target, ways=ways, readers=readers, priority=priority, progress=progress)
 
 
 def load_checkpoint(
     directory: Path | str,
     *,
+    device: DeviceName | DeviceMap | None = None,
     verify: bool = True,
     pool: MemoryPool | None = None,
+    ring: StagingRing | None = None,
     readers: ReadThreads | None = None,
     priority: int = URGENT,
     way: Way | None = None,
@@ -310,13 +313,23 @@ def load_checkpoint(
 ) -> LoadedCheckpoint:
     """All tensors of a packed directory, or of a plain one with safetensors, in memory, with a report.
 
-    Names are those of the files: a packed directory has the module's own. `pool` is memory that is faulted in already
-    and is used again: with it a load is as fast as the disk from the first byte. `readers` are threads that several
-    loads share, the smallest `priority` first. `way` is chosen by where the files lie.
+    Names are those of the files: a packed directory has the module's own. `device` is this machine's memory unless it
+    names another (`"cuda:0"`), or says for each tensor, or the beginning of its name, where it goes
+    (`{"model.layers.0": "cuda:0", "": "cuda:1"}`). `pool` is memory that is faulted in already and is used again: with
+    it a load is as fast as the disk from the first byte; `ring` is the same for what goes to devices. `readers` are
+    threads that several loads share, the smallest `priority` first. `way` is chosen by where the files lie.
     Raises CheckpointError: nothing half-loaded is ever returned.
     """
     load = start_load(
-        directory, verify=verify, pool=pool, readers=readers, priority=priority, way=way, progress=progress
+        directory,
+        device=device,
+        verify=verify,
+        pool=pool,
+        ring=ring,
+        readers=readers,
+        priority=priority,
+        way=way,
+        progress=progress,
     )
     try:
         report = load.finish()
