@@ -23,6 +23,7 @@ import msgspec
 from actors.actor import Actor, Unexpected
 from actors.gpu_state import GpuState, HeldSequence, Instance, Sealing, Standby
 from bus.messages import (
+    AbandonStart,
     AddReader,
     AttachFailed,
     AttachModel,
@@ -169,15 +170,29 @@ class Gpu(Actor):
         said = []
         for model in message.evict:
             said += self._detach(model)
-        self.state.instances[message.model] = Instance(
+        instance = self.state.instances[message.model] = Instance(
             slots=message.slots,
             kv_bytes=message.kv_bytes,
             context=message.context,
-            evicting=list(message.evict),
+            card=message.card,
             sources=message.sources,
             urgent=message.urgent,
+            evicting=list(message.evict),
         )
-        return [*said, self._lease(message.model)]
+        return [*said, self._lease(message.model, instance)]
+
+    def on_AbandonStart(self, message: AbandonStart, now: int) -> list[To]:
+        instance = self.state.instances.get(message.model)
+        if instance is None or instance.status != "waiting":
+            return []
+        del self.state.instances[message.model]
+        return [
+            To(self._store, LeaseReturned(self.name, message.model, abandoned=True)),
+            To("placement", InstanceStopped(self.name, message.model)),
+        ]
+
+    def _lease(self, model: str, instance: Instance) -> To:
+        return To(self._store, LeaseModel(self.name, model, instance.sources, instance.urgent, instance.card))
 
     def on_StopInstance(self, message: StopInstance, now: int) -> list[To]:
         return self._detach(message.model)
@@ -204,7 +219,7 @@ class Gpu(Actor):
             instance.evicting.remove(message.model)
             if not instance.evicting and not instance.asked:
                 instance.asked = True
-                said.append(self._lease(model))
+                said.append(self._lease(model, instance))
             said += self._attach(model, instance)
         return said
 
@@ -224,10 +239,6 @@ class Gpu(Actor):
             return []
         del self.state.instances[message.model]
         return [To("placement", InstanceFailed(self.name, message.model, message.reason, message.retry))]
-
-    def _lease(self, model: str) -> To:
-        instance = self.state.instances[model]
-        return To(self._store, LeaseModel(self.name, model, instance.sources, instance.urgent))
 
     def _attach(self, model: str, instance: Instance) -> list[To]:
         if instance.status != "waiting" or not instance.leased or instance.evicting:

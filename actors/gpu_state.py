@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from bus.messages import AddReader, Tier, WorkerStarted
+from bus.messages import AddReader, ModelCard, Tier, WorkerStarted
 
 
 class Instance(msgspec.Struct):
@@ -24,6 +24,7 @@ class Instance(msgspec.Struct):
     tier: Tier = "ssd"
     sources: tuple[str, ...] = ()
     urgent: bool = True
+    card: ModelCard | None = None
 
 
 class HeldSequence(msgspec.Struct):

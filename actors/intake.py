@@ -25,8 +25,9 @@ from bus.api import (
     Refusal,
     encode_reply,
     encoding_of,
+    parse_added_model,
     parse_infer,
-    parse_model,
+    parse_removed_model,
     parse_request_id,
     parse_resume,
     reply_headers,
@@ -442,10 +443,11 @@ class Intake:
         if verb not in ("model.add", "model.remove"):
             verbs = "models, status, snapshot, model.add or model.remove"
             raise Refusal("bad_request", f"unknown verb {verb[:80]!r}: use {verbs}")
-        model = parse_model(delivery.payload, delivery.headers.get("Content-Type"))
+        parse = parse_added_model if verb == "model.add" else parse_removed_model
+        model, source = parse(delivery.payload, delivery.headers.get("Content-Type"))
         if verb == "model.remove" and model not in self._placement().models:
             raise Refusal("unknown_model", f"no model {model!r} in this cell")
-        message: Message = ModelAdded(model) if verb == "model.add" else ModelRemoved(model)
+        message: Message = ModelAdded(model, source) if verb == "model.add" else ModelRemoved(model)
         await self._stated("placement", message, "")
         return accepted("")
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 from actors.placement_drain import PlacementDrain
 from actors.placement_state import (
     FAILURES_LIMIT,
-    SECOND,
     Server,
     Waiting,
     Worker,
@@ -100,7 +99,7 @@ class Placement(PlacementDrain):
         queue = self.state.queues.get(message.model)
         if queue is not None and message.request in queue and queue[message.request].attempt == message.attempt:
             self._dequeue(message.model, message.request)
-            return self._pump(now)
+            return [*self._abandon(message.model), *self._pump(now)]
         return []
 
     # ---- servers and models -----------------------------------------------------------------------------------
@@ -109,7 +108,8 @@ class Placement(PlacementDrain):
         server = self.state.servers.get(message.server)
         if server is None:
             server = self.state.servers[message.server] = Server(message.dram_bytes, loading={})
-        server.up, server.dram_bytes, server.loading = True, message.dram_bytes, {}
+        server.up, server.dram_bytes, server.loading, server.fetching = True, message.dram_bytes, {}, {}
+        server.address = message.address
         found = {held.card.model: held for held in message.models}
         said = self._in_service(message.server, "it has started anew")
         for name, model in list(self.state.models.items()):
@@ -118,28 +118,29 @@ class Placement(PlacementDrain):
         for held in message.models:
             known = self._know(held.card)
             known.servers[message.server] = held.tier
+            known.source = held.source or known.source
             known.replaced.pop(message.server, None)
         return [*said, *self._refuse_too_large(), *self._pump(now)]
 
     def on_ServerGone(self, message: ServerGone, now: int) -> list[To]:
         server = self.state.servers[message.server]
-        server.up, server.loading = False, {}
+        server.up, server.loading, server.fetching = False, {}, {}
         return []
 
     def on_ModelHeld(self, message: ModelHeld, now: int) -> list[To]:
         server = self.state.servers[message.server]
-        server.loading.pop(message.card.model, None)
+        self._note_loaded(message.server, message.card.model)
         if message.duration_ns:
-            rate = message.card.weight_bytes * SECOND // message.duration_ns
-            server.ssd_rate = learned(server.ssd_rate, rate)
+            server.learn(message.loaded_from, message.card.weight_bytes, message.duration_ns)
         model = self._know(message.card)
+        model.source = message.source or model.source
         model.servers[message.server] = message.tier
         model.replaced.pop(message.server, None)
         self._note_loading(message.server, server, model)
         return [*self._refuse_too_large(), *self._pump(now)]
 
     def on_ModelGone(self, message: ModelGone, now: int) -> list[To]:
-        self.state.servers[message.server].loading.pop(message.model, None)
+        self._note_loaded(message.server, message.model)
         model = self.state.models.get(message.model)
         if model is not None:
             model.servers.pop(message.server, None)
@@ -164,9 +165,11 @@ class Placement(PlacementDrain):
         model = self.state.models.get(message.model)
         if model is not None:
             model.removed, model.failures, model.failed_on = False, 0, {}
+            model.source = message.source or model.source
             self.state.removing.pop(message.model, None)
         # Servers that are away are asked, too: they must not delete it when they are back.
-        return [To(f"store/{name}", LookForModel(message.model)) for name in self.state.servers]
+        look = LookForModel(message.model, message.source)
+        return [To(f"store/{name}", look) for name in self.state.servers]
 
     def on_ModelRemoved(self, message: ModelRemoved, now: int) -> list[To]:
         model = self.state.models.get(message.model)

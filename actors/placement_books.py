@@ -46,19 +46,23 @@ class PlacementBooks(Actor):
         return said
 
     def _note_loading(self, server_name: str, server: Server, model: KnownModel) -> None:
-        """The model is on its way to DRAM where an instance starts from SSD."""
+        """The model is on its way to DRAM where an instance starts from SSD or from remote."""
         name = model.card.model
-        if model.servers.get(server_name) != "ssd" or not server.up:
+        tier = model.servers.get(server_name, "remote")
+        if tier == "dram" or not server.up:
             return
         for worker_name in model.instances:
             worker = self.state.workers[worker_name]
             if worker.server == server_name and worker.instances[name].status == "starting":
                 server.loading.setdefault(name, model.card.weight_bytes)
+                if tier == "remote":
+                    server.fetching[name] = True
                 return
 
     def _note_loaded(self, server: str, model: str) -> None:
         if server in self.state.servers:
             self.state.servers[server].loading.pop(model, None)
+            self.state.servers[server].fetching.pop(model, None)
 
     def _instance(self, worker: str, model: str) -> RunningInstance | None:
         known = self.state.workers.get(worker)
@@ -120,7 +124,9 @@ class PlacementBooks(Actor):
     def _too_large(self, model: KnownModel) -> str:
         """One sentence where no worker that was ever up could hold it beside its server; empty where one could."""
         card = model.card
-        servers = {name: self.state.servers[name].dram_bytes for name in model.servers}
+        fetched = bool(model.source or any(self.state.servers[name].address for name in model.servers))
+        holders = self.state.servers if fetched else model.servers
+        servers = {name: self.state.servers[name].dram_bytes for name in holders}
         if servers and card.weight_bytes > max(servers.values()):
             largest = max(servers.values())
             return f"{card.model} needs {card.weight_bytes} bytes of DRAM; the largest budget is {largest}"

@@ -5,8 +5,10 @@ It runs after everything that may have freed or changed something. See the head 
 
 from __future__ import annotations
 
+import msgspec
+
 from actors.placement_books import PlacementBooks
-from actors.placement_start import Option, best_options, choose_drain
+from actors.placement_start import Option, best_options, choose_drain, sources_for
 from actors.placement_state import (
     FAILURES_LIMIT,
     KnownModel,
@@ -18,6 +20,7 @@ from actors.placement_state import (
     Worker,
 )
 from bus.messages import (
+    AbandonStart,
     InstanceDraining,
     PlacementDecided,
     RequestPlaced,
@@ -144,7 +147,22 @@ class PlacementPump(PlacementBooks):
             weighed=len(options),
         )
         start = StartInstance(name, chosen.slots, chosen.kv_bytes, model.card.context, candidate.evict)
+        if candidate.tier == "remote":
+            start = msgspec.structs.replace(
+                start, card=model.card, sources=sources_for(self.state, model, worker.server)
+            )
         return [To(candidate.worker, start), To("record", decided), *undrained]
+
+    def _abandon(self, name: str) -> list[To]:
+        """What starts for a queue that is empty now, and for nobody who moves, need not go on (rule version 3)."""
+        if self.rules < 3 or name in self.state.queues or any(w.model == name for w in self.state.wishes.values()):
+            return []
+        starting = self.state.models[name].instances
+        return [
+            To(worker, AbandonStart(name))
+            for worker in starting
+            if self.state.workers[worker].instances[name].status == "starting"
+        ]
 
     def _make_room(self, name: str, model: KnownModel) -> list[To]:
         """Drain for this model, unless that is under way; what is drained and idle stops."""

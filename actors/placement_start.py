@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from actors.placement_state import LARGEST, SECOND, KnownModel, PlacementState, RunningInstance, Server, Worker, kv_plan
-from bus.messages import Candidate, ModelCard
+from bus.messages import Candidate, ModelCard, escape_model
 
+PEERS_ASKED = 4
 DETACH_NS = 20_000_000
 """To detach one idle instance: freeing memory, no copy."""
 
@@ -66,11 +67,11 @@ def best_options(
     if model.removed:
         return [], enough
     options = []
-    reserved = _reserved(state, model)
+    reserved, peers = _reserved(state, model), peers_of(state, model)
     for name, worker in state.workers.items():
         if name in reserved:
             continue
-        option = _weigh(state, model, name, worker, reserved, rules)
+        option = _weigh(state, model, name, worker, reserved, peers, rules)
         if option is None:
             continue
         if running and option.candidate.evict and unmet < option.slots:
@@ -96,12 +97,20 @@ def _reserved(state: PlacementState, model: KnownModel) -> dict[str, ModelCard]:
 
 
 def _weigh(
-    state: PlacementState, model: KnownModel, name: str, worker: Worker, reserved: dict[str, ModelCard], rules: int
+    state: PlacementState,
+    model: KnownModel,
+    name: str,
+    worker: Worker,
+    reserved: dict[str, ModelCard],
+    peers: list[tuple[str, str]],
+    rules: int,
 ) -> Option | None:
     card = model.card
     server = state.servers.get(worker.server)
-    tier = model.servers.get(worker.server)
-    if server is None or not server.up or tier is None or card.model in worker.instances:
+    tier = model.servers.get(worker.server, "remote")
+    if server is None or not server.up or card.model in worker.instances:
+        return None
+    if tier == "remote" and not model.source and all(name == worker.server for name, _ in peers):
         return None
     if worker.server in model.replaced or worker.server in state.draining:
         return None
@@ -115,15 +124,37 @@ def _weigh(
     if not _find_dram(server, card, worker, victims, promised):
         return None
     queue_ns, load_ns = 0, 0
-    if tier == "ssd":
-        ahead = sum(size for other, size in server.loading.items() if other != card.model)
-        queue_ns = min(LARGEST, ahead * SECOND // server.ssd_rate)
-        load_ns = min(LARGEST, server.loading.get(card.model, card.weight_bytes) * SECOND // server.ssd_rate)
+    if tier != "dram":
+        ahead = dict.fromkeys((server.ssd_rate, server.remote_rate), 0)
+        for other, size in server.loading.items():
+            if other != card.model:
+                ahead[server.rate(other)] += size
+        queue_ns = min(LARGEST, sum(size * SECOND // rate for rate, size in ahead.items()))
+        rate = server.ssd_rate if tier == "ssd" else server.remote_rate
+        load_ns = min(LARGEST, server.loading.get(card.model, card.weight_bytes) * SECOND // rate)
     busy = _busy(state, worker) if rules >= 2 else 0
     free_ns = len(victims) * DETACH_NS
     candidate = Candidate(name, tier, queue_ns, load_ns, free_ns, model.attach_ns, tuple(victims), busy)
     idle_since = min((worker.instances[victim].used_at for victim in victims), default=0)
     return Option(candidate, slots, kv_bytes, idle_since, len(worker.instances) - len(victims))
+
+
+def peers_of(state: PlacementState, model: KnownModel) -> list[tuple[str, str]]:
+    """(server, address) of those from whom others can fetch the model: who has it in DRAM first, then who has the least
+    to load."""
+    found: list[tuple[bool, int, int, str, str]] = []
+    for name, tier in model.servers.items():
+        peer = state.servers[name]
+        if tier != "remote" and peer.up and peer.address and name not in model.replaced:
+            found.append((tier != "dram", sum(peer.loading.values()), len(found), name, peer.address))
+    return [(name, f"{address}/{escape_model(model.card.model)}") for *_, name, address in sorted(found)]
+
+
+def sources_for(state: PlacementState, model: KnownModel, server: str) -> tuple[str, ...]:
+    """Where this server can fetch the model, the best first: other servers of the cell, then its source."""
+    found = [address for name, address in peers_of(state, model) if name != server]
+    own = (model.source,) if model.source else ()
+    return (*found[:PEERS_ASKED], *own)
 
 
 def _busy(state: PlacementState, worker: Worker) -> int:
@@ -213,7 +244,9 @@ def choose_drain(state: PlacementState, model: KnownModel) -> tuple[str, list[tu
     best: tuple[int, str, list[tuple[str, str]]] | None = None
     for name, worker in state.workers.items():
         server = state.servers.get(worker.server)
-        if server is None or not server.up or worker.server not in model.servers or name in drained:
+        if server is None or not server.up or name in drained:
+            continue
+        if model.servers.get(worker.server, "remote") == "remote" and not sources_for(state, model, worker.server):
             continue
         if worker.server in state.draining:
             continue

@@ -21,7 +21,8 @@ LARGEST = 2**62
 
 
 class KnownModel(msgspec.Struct):
-    """`servers`: the nearest tier per server that holds it; `instances`: workers on which it starts or runs.
+    """`servers`: the nearest tier per server that holds it; `source`: where it can be fetched; `instances`: workers on
+    which it starts or runs.
 
     `open`: of those, the running ones with free slots, by how many; `failed_on`: starts that failed since the last
     one that did not, per worker; `enough`: requests that may wait without another look for a place to start;
@@ -30,6 +31,7 @@ class KnownModel(msgspec.Struct):
 
     card: ModelCard
     servers: dict[str, Tier] = {}
+    source: str = ""
     instances: dict[str, bool] = {}
     removed: bool = False
     replaced: dict[str, bool] = {}
@@ -49,14 +51,37 @@ class Lease(msgspec.Struct):
 
 
 class Server(msgspec.Struct):
-    """`loading`: bytes still to come from SSD, per model; `leased`: models of instances, whatever their status;
-    `ssd_rate`: bytes per second, learned from finished loads."""
+    """`loading`: bytes still to come to DRAM, per model; `fetching`: those of them that come from remote; `leased`:
+    models of instances, whatever their status; `address`: where others can fetch from its SSD; rates: bytes per second
+    from SSD and from remote, learned from finished loads; errors: mean difference of a load from its estimate, in
+    nanoseconds."""
 
     dram_bytes: int
     up: bool = True
     loading: dict[str, int] = {}
     leased: dict[str, Lease] = {}
     ssd_rate: int = 1_000_000_000
+    fetching: dict[str, bool] = {}
+    address: str = ""
+    remote_rate: int = 500_000_000
+    ssd_error_ns: int = 0
+    remote_error_ns: int = 0
+
+    def rate(self, model: str) -> int:
+        """Bytes per second of the load of this model that is under way."""
+        return self.remote_rate if model in self.fetching else self.ssd_rate
+
+    def learn(self, origin: Tier, size: int, duration_ns: int) -> None:
+        """From a finished load."""
+        rate = size * SECOND // max(1, duration_ns)
+        if origin == "remote":
+            error = abs(min(LARGEST, size * SECOND // self.remote_rate) - duration_ns)
+            self.remote_error_ns = learned(self.remote_error_ns, error)
+            self.remote_rate = learned(self.remote_rate, rate)
+        else:
+            error = abs(min(LARGEST, size * SECOND // self.ssd_rate) - duration_ns)
+            self.ssd_error_ns = learned(self.ssd_error_ns, error)
+            self.ssd_rate = learned(self.ssd_rate, rate)
 
 
 class RunningInstance(msgspec.Struct):

@@ -1,9 +1,14 @@
-"""The deciding half of one server's storage tiers: what lies in DRAM, for whom, and what makes room.
+"""The deciding half of one server's storage tiers: what lies on SSD and in DRAM, for whom, and what makes room.
+
+    remote ──load──▶ ssd ──load──▶ dram          one load brings it all the way; both budgets hold
+       ◀──evict── ssd ◀──evict── dram
 
 Rules
 * A lease keeps a model in DRAM; what is leased is never evicted. Leases are held by workers' deciding halves and
   outlive a restart of the storage driver, as the mapped pages do.
-* Room is made by evicting what is not leased, least recently used first; the eviction says why.
+* Room is made by evicting what is not leased, that whose loss costs least (`actors.store_room`); the eviction says why.
+  From the SSD only what can be fetched again goes.
+* A load that nobody waits for any more is broken off, if whoever wanted it says so.
 * The driver obeys in order, so an eviction counts as done for the decisions that follow it.
 * A storage driver that is lost grants nothing: who waits is refused and may try elsewhere.
 * A model that was packed anew under its name is served as it was until its last lease is returned.
@@ -14,7 +19,9 @@ from __future__ import annotations
 import msgspec
 
 from actors.actor import Actor, Unexpected
+from actors.store_room import Evictable, choose, evictable, explain
 from bus.messages import (
+    CancelLoad,
     DeleteModel,
     DriverLost,
     DropModel,
@@ -45,12 +52,16 @@ from bus.messages import (
     To,
 )
 
+SECOND = 1_000_000_000
+LARGEST = 2**62
+
 
 class StoredModel(msgspec.Struct):
     """One model on this server. `leases` and `waiting` are keyed by worker, as ordered sets.
 
     `dropping`: to be deleted when nobody uses it; `deleting`: the driver is told, and for placement it is gone;
-    `newer`: what replaces it then.
+    `newer`: what replaces it then, to be fetched if `newer_remote`. `source`: where it can be fetched; `sources`: where
+    this load looks, in order; `cancelling`: the driver is told to break off the load. `interval_ns`: between leases.
     """
 
     card: ModelCard
@@ -62,13 +73,29 @@ class StoredModel(msgspec.Struct):
     dropping: bool = False
     deleting: bool = False
     newer: ModelCard | None = None
+    newer_remote: bool = False
+    source: str = ""
+    sources: tuple[str, ...] = ()
+    cancelling: bool = False
+    wanted_at: int = 0
+    interval_ns: int = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing keeps it where it is."""
+        return not (self.leases or self.waiting or self.loading or self.deleting)
 
 
 class StoreState(msgspec.Struct):
+    """`ssd_bytes` 0: no budget. Rates in bytes per second, learned from finished loads."""
+
     server: str = ""
     epoch: int = 0
     dram_bytes: int = 0
     models: dict[str, StoredModel] = {}
+    ssd_bytes: int = 0
+    ssd_rate: int = SECOND
+    remote_rate: int = SECOND // 2
 
 
 class Store(Actor):
@@ -85,10 +112,13 @@ class Store(Actor):
         said: list[To] = []
         before, self.state.models = self.state.models, {}
         self.state.server, self.state.epoch = message.server, message.sequence
-        self.state.dram_bytes = message.dram_bytes
+        self.state.dram_bytes, self.state.ssd_bytes = message.dram_bytes, message.ssd_bytes
         for held in message.models:
             known = before.pop(held.card.model, None)
-            model = StoredModel(held.card, held.tier, leases={}, waiting={})
+            model = StoredModel(held.card, held.tier, leases={}, waiting={}, source=held.source)
+            if known is not None:
+                model.source = model.source or known.source
+                model.wanted_at, model.interval_ns = known.wanted_at, known.interval_ns
             if known is not None and known.card.digest == held.card.digest:
                 model.leases, model.used_at, model.dropping = known.leases, known.used_at, known.dropping
                 model.tier = "dram" if known.leases else held.tier
@@ -98,8 +128,12 @@ class Store(Actor):
             self.state.models[held.card.model] = model
         for name, gone in before.items():
             said += self._refuse(name, gone, f"server {message.server} no longer holds {name}", retry=True)
-        models = tuple(HeldModel(model.card, model.tier) for model in self.state.models.values())
-        said += [To("placement", ServerReady(message.server, message.dram_bytes, models)), *self._fit()]
+            if gone.source and not gone.dropping and not gone.deleting:
+                known_far = StoredModel(gone.card, "remote", leases={}, waiting={}, source=gone.source)
+                self.state.models[name] = known_far
+        models = tuple(HeldModel(model.card, model.tier, model.source) for model in self.state.models.values())
+        ready = ServerReady(message.server, message.dram_bytes, models, message.ssd_bytes, message.address)
+        said += [To("placement", ready), *self._fit()]
         for name, model in list(self.state.models.items()):
             said += self._release(name, model)
         return said
@@ -112,7 +146,7 @@ class Store(Actor):
         said = [To("placement", ServerGone(self.state.server))]
         for name, model in self.state.models.items():
             said += self._refuse(name, model, f"the storage driver of {self.state.server} is lost", retry=True)
-            model.loading = model.deleting = False
+            model.loading = model.deleting = model.cancelling = False
         return said
 
     def _fit(self) -> list[To]:
@@ -129,13 +163,17 @@ class Store(Actor):
 
     def on_LeaseModel(self, message: LeaseModel, now: int) -> list[To]:
         model = self.state.models.get(message.model)
+        if self.state.epoch and model is None and message.card is not None and message.sources:
+            model = self.state.models[message.model] = StoredModel(message.card, "remote", leases={}, waiting={})
         if not self.state.epoch or model is None or model.dropping or model.deleting:
             where = f"server {self.state.server}"
             reason = f"the storage driver of {where} is not up"
             if self.state.epoch:
                 reason = f"{where} does not hold {message.model}"
             return [To(message.worker, LeaseRefused(message.model, reason, retry=True))]
-        model.used_at = now
+        if model.wanted_at:
+            model.interval_ns = _learned(model.interval_ns or now - model.wanted_at, now - model.wanted_at)
+        model.used_at = model.wanted_at = now
         if model.tier == "dram":
             model.leases[message.worker] = True
             return [To(message.worker, LeaseGranted(message.model, model.card.digest, "dram"))]
@@ -146,16 +184,15 @@ class Store(Actor):
         if size > budget:
             reason = f"{message.model} needs {size} bytes of DRAM, the budget of {self.state.server} is {budget}"
             return [To(message.worker, LeaseRefused(message.model, reason))]
+        if model.tier == "remote":
+            model.card = message.card or model.card
+            model.sources = message.sources or ((model.source,) if model.source else ())
         said: list[To] = []
-        while self._used() + size > budget:
-            victim = self._least_recent()
-            if victim is None:
-                reason = f"everything in the DRAM of {self.state.server} is in use, {message.model} finds no room"
-                return [*said, To(message.worker, LeaseRefused(message.model, reason, retry=True))]
-            said += self._evict(victim, f"least recently used, makes room for {message.model}")
+        if refused := self._make_room(message.model, model, now, said):
+            return [*said, To(message.worker, LeaseRefused(message.model, refused, retry=True))]
         model.loading = True
         model.waiting[message.worker] = True
-        return [*said, To(self._driver, LoadModel(message.model, model.card.digest))]
+        return [*said, self._load(message.model, model)]
 
     def on_LeaseReturned(self, message: LeaseReturned, now: int) -> list[To]:
         model = self.state.models.get(message.model)
@@ -164,19 +201,28 @@ class Store(Actor):
         model.leases.pop(message.worker, None)
         model.waiting.pop(message.worker, None)
         model.used_at = now
-        if model.tier == "ssd" and not model.loading and not model.deleting:
+        if message.abandoned and model.loading and not (model.leases or model.waiting or model.cancelling):
+            model.cancelling = True
+            return [To(self._driver, CancelLoad(message.model, "nobody waits for it any more"))]
+        if model.tier != "dram" and not model.loading and not model.deleting:
             # It never came, and placement may count on its coming.
-            held = To("placement", ModelHeld(self.state.server, model.card, "ssd"))
-            return [held, *self._release(message.model, model)]
+            return [self._held(model), *self._release(message.model, model)]
         return self._release(message.model, model)
 
     def on_ModelLoaded(self, message: ModelLoaded, now: int) -> list[To]:
         model = self.state.models[message.model]
-        model.loading, model.tier, model.used_at = False, "dram", now
-        said = [To("placement", ModelHeld(self.state.server, model.card, "dram", message.duration_ns))]
+        model.loading, model.tier, model.used_at, model.cancelling = False, "dram", now, False
+        model.source = message.source or model.source
+        if message.duration_ns:
+            rate = min(LARGEST, message.loaded_bytes * SECOND // message.duration_ns)
+            if message.tier == "remote":
+                self.state.remote_rate = _learned(self.state.remote_rate, rate)
+            else:
+                self.state.ssd_rate = _learned(self.state.ssd_rate, rate)
+        said = [self._held(model, message.duration_ns, message.tier)]
         for worker in model.waiting:
             model.leases[worker] = True
-            said.append(To(worker, LeaseGranted(message.model, model.card.digest, "ssd")))
+            said.append(To(worker, LeaseGranted(message.model, model.card.digest, message.tier)))
         model.waiting = {}
         if model.newer is not None:
             said.append(To("placement", ModelReplaced(self.state.server, message.model)))
@@ -184,18 +230,21 @@ class Store(Actor):
 
     def on_LoadFailed(self, message: LoadFailed, now: int) -> list[To]:
         model = self.state.models[message.model]
-        model.loading = False
+        if message.cancelled and model.waiting:
+            model.cancelling = False  # somebody wants it again
+            return [self._load(message.model, model)]
+        model.loading = model.cancelling = False
         said = self._refuse(message.model, model, message.reason, retry=True)
         if message.gone and model.newer is None:
             del self.state.models[message.model]
             return [*said, To("placement", ModelGone(self.state.server, message.model))]
-        said.append(To("placement", ModelHeld(self.state.server, model.card, "ssd")))
+        said.append(self._held(model))
         return [*said, *self._release(message.model, model)]
 
-    def on_ModelEvicted(self, message: ModelEvicted, now: int) -> list[To]:
+    def on_LoadCancelTaken(self, message: LoadCancelTaken, now: int) -> list[To]:
         return []
 
-    def on_LoadCancelTaken(self, message: LoadCancelTaken, now: int) -> list[To]:
+    def on_ModelEvicted(self, message: ModelEvicted, now: int) -> list[To]:
         return []
 
     # ---- which models there are -------------------------------------------------------------------------------
@@ -204,23 +253,28 @@ class Store(Actor):
         known = self.state.models.get(message.model)
         if known is not None:
             known.dropping = False
-        return [To(self._driver, FindModel(message.model))] if self.state.epoch else []
+        return [To(self._driver, FindModel(message.model, message.source))] if self.state.epoch else []
 
     def on_ModelFound(self, message: ModelFound, now: int) -> list[To]:
         card = message.card
         known = self.state.models.get(card.model)
+        far = message.tier == "remote"
         if known is not None and known.deleting:
-            known.newer = card
+            known.newer, known.newer_remote = card, far
             return []
         if known is None:
-            self.state.models[card.model] = StoredModel(card, leases={}, waiting={}, used_at=now)
-            return [To("placement", ModelHeld(self.state.server, card, "ssd"))]
+            known = StoredModel(card, message.tier, leases={}, waiting={}, used_at=now, source=message.source)
+            self.state.models[card.model] = known
+            return [self._held(known)]
+        known.source = message.source or known.source
         if known.card.digest != card.digest:
-            known.newer = card
+            known.newer, known.newer_remote = card, far
             replaced = To("placement", ModelReplaced(self.state.server, card.model))
             return self._release(card.model, known) or [replaced]
         known.card, known.newer = card, None
-        return [To("placement", ModelHeld(self.state.server, card, known.tier))]
+        if known.tier == "remote" and not far:
+            known.tier = "ssd"
+        return [self._held(known)]
 
     def on_ModelMissing(self, message: ModelMissing, now: int) -> list[To]:
         model = self.state.models.get(message.model)
@@ -244,7 +298,8 @@ class Store(Actor):
             return []
         del self.state.models[message.model]
         # Something was found meanwhile, before or after the deletion: only another look can tell.
-        return [To(self._driver, FindModel(message.model))] if model.newer is not None and self.state.epoch else []
+        look = FindModel(message.model, model.source if model.newer_remote else "")
+        return [To(self._driver, look)] if model.newer is not None and self.state.epoch else []
 
     # ---- what they have in common -----------------------------------------------------------------------------
 
@@ -267,10 +322,78 @@ class Store(Actor):
     def _evict(self, name: str, reason: str) -> list[To]:
         model = self.state.models[name]
         model.tier = "ssd"
-        return [
-            To(self._driver, EvictModel(name, reason)),
-            To("placement", ModelHeld(self.state.server, model.card, "ssd")),
+        return [To(self._driver, EvictModel(name, reason)), self._held(model)]
+
+    def _evict_from_ssd(self, name: str, reason: str) -> list[To]:
+        model = self.state.models[name]
+        said = self._evict(name, reason) if model.tier == "dram" else []
+        model.tier = "remote"
+        return [*said, To(self._driver, EvictModel(name, reason, "ssd")), self._held(model)]
+
+    def _make_room(self, wanted: str, model: StoredModel, now: int, said: list[To]) -> str:
+        """Adds to `said` what makes room for the model; one sentence where that cannot be made."""
+        size = model.card.weight_bytes
+        full = f"everything in the DRAM of {self.state.server} is in use, {wanted} finds no room"
+        if self.rules < 3 and model.tier != "remote":
+            while self._used() + size > self.state.dram_bytes:
+                victim = self._least_recent()
+                if victim is None:
+                    return full
+                said += self._evict(victim, f"least recently used, makes room for {wanted}")
+            return ""
+        if model.tier == "remote":
+            if not model.sources:
+                return f"nobody is known who has {wanted}"
+            if refused := self._make_ssd_room(wanted, size, now, said):
+                return refused
+        candidates = [
+            self._evictable(name, other, "ssd", now)
+            for name, other in self.state.models.items()
+            if other.tier == "dram" and other.idle
         ]
+        short = self._used() + size - self.state.dram_bytes
+        victims = choose(candidates, short) if short > 0 else []
+        if victims is None:
+            return full
+        for one in victims:
+            said += self._evict(one.name, explain(one, wanted, candidates, victims))
+        return ""
+
+    def _make_ssd_room(self, wanted: str, size: int, now: int, said: list[To]) -> str:
+        budget = self.state.ssd_bytes
+        short = self._used_of_ssd() + size - budget
+        if not budget or short <= 0:
+            return ""
+        if size > budget:
+            return f"{wanted} needs {size} bytes of SSD, the budget of {self.state.server} is {budget}"
+        candidates = [
+            self._evictable(name, other, "remote", now)
+            for name, other in self.state.models.items()
+            if other.tier != "remote" and other.idle and other.source and other.newer is None and not other.dropping
+        ]
+        victims = choose(candidates, short)
+        if victims is None:
+            return f"nothing on the SSD of {self.state.server} may go, {wanted} finds no room"
+        for one in victims:
+            said += self._evict_from_ssd(one.name, explain(one, wanted, candidates, victims))
+        return ""
+
+    def _evictable(self, name: str, model: StoredModel, below: Tier, now: int) -> Evictable:
+        rate = self.state.ssd_rate if below == "ssd" else self.state.remote_rate
+        return evictable(name, model.card.weight_bytes, rate, model.interval_ns, now - model.used_at)
+
+    def _used_of_ssd(self) -> int:
+        """Bytes of the SSD that are taken or promised."""
+        models = self.state.models.values()
+        return sum(model.card.weight_bytes for model in models if model.tier != "remote" or model.loading)
+
+    def _load(self, name: str, model: StoredModel) -> To:
+        sources = model.sources if model.tier == "remote" else ()
+        return To(self._driver, LoadModel(name, model.card.digest, sources))
+
+    def _held(self, model: StoredModel, duration_ns: int = 0, origin: Tier = "ssd") -> To:
+        held = ModelHeld(self.state.server, model.card, model.tier, duration_ns, origin, model.source)
+        return To("placement", held)
 
     def _refuse(self, name: str, model: StoredModel, reason: str, *, retry: bool) -> list[To]:
         said = [To(worker, LeaseRefused(name, reason, retry)) for worker in model.waiting]
@@ -284,8 +407,12 @@ class Store(Actor):
         said: list[To] = []
         if model.newer is not None:
             said += self._evict(name, "the model was replaced") if model.tier == "dram" else []
-            model.card, model.newer = model.newer, None
-            said.append(To("placement", ModelHeld(self.state.server, model.card, "ssd")))
+            if model.newer_remote and model.tier == "ssd":
+                said += self._evict_from_ssd(name, "the model was replaced")
+            if not model.newer_remote:
+                model.tier = "ssd"
+            model.card, model.newer, model.newer_remote = model.newer, None, False
+            said.append(self._held(model))
         if model.dropping:
             said += self._evict(name, "the model is being removed") if model.tier == "dram" else []
             model.deleting = True
@@ -294,3 +421,8 @@ class Store(Actor):
                 To("placement", ModelGone(self.state.server, name)),
             ]
         return said
+
+
+def _learned(old: int, seen: int) -> int:
+    """A quarter of what was just seen, three quarters of what was known."""
+    return max(1, min(LARGEST, (3 * old + seen) // 4))

@@ -8,10 +8,12 @@ from typing import Protocol
 from actors.driver import Epoch
 from actors.driver_core import EpochOver
 from bus.messages import (
+    CancelLoad,
     DeleteModel,
     EvictModel,
     FindModel,
     HeldModel,
+    LoadCancelTaken,
     LoadFailed,
     LoadModel,
     Message,
@@ -78,6 +80,8 @@ class StoreDriver:
     async def _obey(self, message: Message) -> Message:
         if isinstance(message, LoadModel):
             return await self._load(message)
+        if isinstance(message, CancelLoad):
+            return LoadCancelTaken(message.model, found=False)  # what it cancels was obeyed before
         if isinstance(message, EvictModel):
             await self._storage.evict(message.model)
             return ModelEvicted(message.model)

@@ -53,6 +53,8 @@ from bus.replies import (
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_CLIENT = "anonymous"
 NAME_LIMIT = 200
+ADDRESS_LIMIT = 1024
+_ADDRESS = re.compile(r"(/|https?://[^/\s])")
 STOP_LIMIT = 8
 STOP_LENGTH_LIMIT = 256
 STOP_TOKENS_LIMIT = 32
@@ -277,7 +279,16 @@ _INFER: dict[str, Check] = {
     "prompt_parts": _prompt_parts,
 }
 _RESUME: dict[str, Check] = {"from": _INFER["from"], "stream": _flag}
+
+
+def _address(name: str, value: Any) -> str:
+    if isinstance(value, str) and 1 <= len(value) <= ADDRESS_LIMIT and value.isprintable() and _ADDRESS.match(value):
+        return value
+    raise bad(f"{name} must be an absolute directory or an http(s) address, got {shown(value)}")
+
+
 _MODEL: dict[str, Check] = {"model": _name}
+_ADDED_MODEL: dict[str, Check] = {"model": _name, "source": _address}
 
 
 def _decode(payload: bytes, encoding: Encoding) -> Any:
@@ -392,13 +403,22 @@ def parse_request_id(token: str) -> str:
     raise Refusal("unknown_request", f"a request id has 32 hexadecimal digits, got {shown(token)}")
 
 
-def parse_model(payload: bytes, content_type: str | None) -> str:
-    """The model that the body of `admin.model.add` or `admin.model.remove` names."""
-    encoding = encoding_of(content_type)
-    model = _fields(payload, encoding, _MODEL).get("model") if payload else None
+def parse_removed_model(payload: bytes, content_type: str | None) -> tuple[str, str]:
+    """The model that the body of `admin.model.remove` names, and nothing."""
+    return _parse_model(payload, content_type, _MODEL)
+
+
+def parse_added_model(payload: bytes, content_type: str | None) -> tuple[str, str]:
+    """The model that the body of `admin.model.add` names, and where it can be fetched; empty if it lies on servers."""
+    return _parse_model(payload, content_type, _ADDED_MODEL)
+
+
+def _parse_model(payload: bytes, content_type: str | None, checks: dict[str, Check]) -> tuple[str, str]:
+    fields = _fields(payload, encoding_of(content_type), checks) if payload else {}
+    model = fields.get("model")
     if model is None:
         raise bad("model is missing: name the model")
-    return str(model)
+    return str(model), str(fields.get("source", ""))
 
 
 def parse_key(payload: bytes, content_type: str | None) -> str:
@@ -425,9 +445,10 @@ __all__ = [
     "encode_chunk",
     "encode_reply",
     "encoding_of",
+    "parse_added_model",
     "parse_infer",
     "parse_key",
-    "parse_model",
+    "parse_removed_model",
     "parse_request_id",
     "parse_resume",
     "reply_headers",

@@ -331,9 +331,10 @@ class Client:
         found: dict[str, Any] = await self._admin("status")
         return found
 
-    async def add_model(self, model: str) -> Any:
-        """Tell the cell that a packed model lies under this name."""
-        return await self._admin("model.add", {"model": model})
+    async def add_model(self, model: str, source: str = "") -> Any:
+        """Tell the cell that a packed model lies under this name; with `source` (an absolute directory or an http(s)
+        address) its servers can fetch it there."""
+        return await self._admin("model.add", {"model": model, **({"source": source} if source else {})})
 
     async def remove_model(self, model: str) -> Any:
         return await self._admin("model.remove", {"model": model})

@@ -384,7 +384,10 @@ _say(
 _say(m.InstanceFailed, lambda e, s, r: f"{e.model} does not start on {e.worker}{why(e.reason)}{_retry(e.retry)}")
 _say(m.InstanceStopped, lambda e, s, r: f"{e.model} is stopped on {e.worker}, its memory is free")
 _say(m.LeaseModel, lambda e, s, r: f"{e.worker} needs {e.model} in DRAM" + _where_from(*e.sources[:1]))
-_say(m.LeaseReturned, lambda e, s, r: f"{e.worker} needs {e.model} no longer")
+_say(
+    m.LeaseReturned,
+    lambda e, s, r: f"{e.worker} needs {e.model} no longer" + (": nobody wants it" if e.abandoned else ""),
+)
 _say(m.LeaseGranted, lambda e, s, r: f"{e.model} lies in DRAM for {r}, from {_tier(e.tier)}")
 _say(m.LeaseRefused, lambda e, s, r: f"{e.model} does not get into DRAM for {r}{why(e.reason)}{_retry(e.retry)}")
 _say(m.PlacementDecided, lambda e, s, r: _decided(e))

@@ -91,6 +91,7 @@ from bus.messages.migration import (
     SlotTaken,
     WantSlot,
 )
+from bus.messages.names import escape_model
 from bus.messages.placement import (
     AbandonStart,
     Candidate,
@@ -446,6 +447,7 @@ __all__ = [
     "decode_said",
     "decode_said_body",
     "encode",
+    "escape_model",
     "extend_chain",
     "is_small",
     "kind_of",

@@ -87,12 +87,13 @@ class LoadModel(Message, frozen=True, tag="model.load"):
 
 
 class ModelLoaded(Message, frozen=True, tag="model.loaded"):
-    """`tier`: from where its bytes came."""
+    """`tier`: from where its bytes came; `source`: from which place, where that was remote."""
 
     model: Name
     loaded_bytes: Count
     duration_ns: Count
     tier: Tier = "ssd"
+    source: Source = ""
 
 
 class LoadFailed(Message, frozen=True, tag="load.failed"):

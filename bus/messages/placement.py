@@ -171,7 +171,8 @@ class WorkerGone(Message, frozen=True, tag="worker.gone"):
 class StartInstance(Message, frozen=True, tag="instance.start"):
     """placement > gpu: make room by stopping the idle models of `evict`, then start `model`.
 
-    `sources`: from where the store may fetch it, in order of preference; `urgent`: somebody waits for it.
+    `sources`: from where the store may fetch it, in order of preference; `urgent`: somebody waits for it; `card`: what
+    it is, for a store that has never heard of it.
     """
 
     model: Name
@@ -181,6 +182,7 @@ class StartInstance(Message, frozen=True, tag="instance.start"):
     evict: tuple[str, ...] = ()
     sources: tuple[Source, ...] = ()
     urgent: bool = True
+    card: ModelCard | None = None
 
 
 class AbandonStart(Message, frozen=True, tag="instance.abandon"):
@@ -228,13 +230,16 @@ class LeaseModel(Message, frozen=True, tag="lease.take"):
     model: Name
     sources: tuple[Source, ...] = ()
     urgent: bool = True
+    card: ModelCard | None = None
 
 
 class LeaseReturned(Message, frozen=True, tag="lease.returned"):
-    """gpu > store: this worker no longer uses the model."""
+    """gpu > store: this worker no longer uses the model. `abandoned`: nobody wants it, so that a load under way may be
+    broken off."""
 
     worker: Name
     model: Name
+    abandoned: bool = False
 
 
 class LeaseGranted(Message, frozen=True, tag="lease.granted"):

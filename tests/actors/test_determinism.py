@@ -18,7 +18,7 @@ DECIDING = [
     "actors/placement_moves.py", "actors/placement_pump.py",
     "actors/placement_start.py",
     "actors/placement_state.py", "actors/request_moves.py",
-    "actors/request_state.py", "actors/requests.py", "actors/rules.py", "actors/store.py",
+    "actors/request_state.py", "actors/requests.py", "actors/rules.py", "actors/store.py", "actors/store_room.py",
     "bus/ordering.py",
 ]  # fmt: skip
 ALLOWED = {
@@ -29,7 +29,7 @@ ALLOWED = {
     "actors.placement_moves", "actors.placement_pump",
     "actors.placement_start",
     "actors.placement_state", "actors.request_moves",
-    "actors.request_state", "actors.requests", "actors.rules", "actors.store",
+    "actors.request_state", "actors.requests", "actors.rules", "actors.store", "actors.store_room",
 }  # fmt: skip
 FORBIDDEN_CALLS = {"hash", "id", "set", "frozenset", "open", "print", "input", "vars", "repr", "eval", "exec", "float"}
 

@@ -23,6 +23,7 @@ from bus.messages import (
     AddReader,
     AttachFailed,
     AttachModel,
+    CancelLoad,
     CancelRequested,
     CancelSequence,
     CancelTaken,
@@ -36,6 +37,7 @@ from bus.messages import (
     FindModel,
     Generation,
     HeldModel,
+    LoadCancelTaken,
     LoadFailed,
     LoadModel,
     Message,
@@ -271,18 +273,30 @@ class StoreDriver(Driver):
         self.server, self.dram = server, dram
         self.ssd = {model: card(model, weight=world.weights[model]) for model in models}
         self.in_dram: dict[str, bool] = {}
+        self.sources: dict[str, str] = {}
+        self.broken_off: dict[int, bool] = {}
+        # A disk that holds what it has at first, and little more; peers are told of some.
+        whole = sum(one.weight_bytes for one in self.ssd.values())
+        self.ssd_bytes = whole + 1 + world.tape.pick(200) if world.tape.one_in(2) else 0
+        self.address = f"http://{server}" if world.tape.one_in(2) else ""
         super().__init__(world, f"store/{server}")
 
     def found(self) -> Message:
         kept = {model: True for model in self.in_dram if model in self.ssd and not self.world.tape.one_in(3)}
         self.in_dram = kept
-        held = [HeldModel(card, "dram" if model in kept else "ssd") for model, card in self.ssd.items()]
-        return StoreStarted(self.server, self.dram, tuple(held))
+        held = [
+            HeldModel(card, "dram" if model in kept else "ssd", self.sources.get(model, ""))
+            for model, card in self.ssd.items()
+        ]
+        return StoreStarted(self.server, self.dram, tuple(held), ssd_bytes=self.ssd_bytes, address=self.address)
 
     def take(self, effect: Pending) -> None:
         match effect.message:
-            case EvictModel(model=model):
+            case EvictModel(model=model, tier=tier):
                 self.in_dram.pop(model, None)
+                if tier == "ssd":
+                    assert self.sources.get(model), "what cannot be fetched again stays"
+                    self.ssd.pop(model, None)
             case DeleteModel(model=model):
                 assert model not in self.in_dram or not self.world.leased(self.name, model)
         super().take(effect)
@@ -290,6 +304,21 @@ class StoreDriver(Driver):
     def finish(self, effect: Pending) -> None:
         tape = self.world.tape
         match effect.message:
+            case CancelLoad(model=model):
+                loads = [one for one in (*self.pending, *self.inbox) if isinstance(one.message, LoadModel)]
+                found = [one.number for one in loads if one.message.model == model and one.number < effect.number]
+                self.broken_off |= dict.fromkeys(found, True)
+                self.fact(LoadCancelTaken(model, bool(found)), effect.number)
+            case LoadModel(model=model) if effect.number in self.broken_off:
+                self.fact(LoadFailed(model, "it was broken off", cancelled=True), effect.number)
+            case LoadModel(model=model, digest=digest, sources=[source, *_]):
+                if tape.one_in(4):
+                    self.fact(LoadFailed(model, "nobody answered"), effect.number)
+                else:
+                    self.ssd[model] = card(model, weight=self.world.weights[model], digest=digest)
+                    self.in_dram[model], self.sources[model] = True, source
+                    loaded = ModelLoaded(model, self.world.weights[model], 1 + tape.pick(900), "remote", source)
+                    self.fact(loaded, effect.number)
             case LoadModel(model=model):
                 if model not in self.ssd or tape.one_in(6):
                     gone = model not in self.ssd or tape.one_in(8)
@@ -301,8 +330,11 @@ class StoreDriver(Driver):
                     self.fact(ModelLoaded(model, self.ssd[model].weight_bytes, 1 + tape.pick(200)), effect.number)
             case EvictModel(model=model):
                 self.fact(ModelEvicted(model), effect.number)
-            case FindModel(model=model):
-                if model in self.ssd:
+            case FindModel(model=model, source=source):
+                if model not in self.ssd and source and tape.pick(3):
+                    far = card(model, weight=self.world.weights[model], digest=f"d{tape.pick(2)}")
+                    self.fact(ModelFound(far, "remote", source), effect.number)
+                elif model in self.ssd:
                     if tape.one_in(3):
                         self.world.boots += 1
                         digest = f"d{self.world.boots}"
@@ -670,7 +702,8 @@ class World(Bench):
                 for driver in self.drivers:
                     if isinstance(driver, StoreDriver) and tape.pick(3):
                         driver.ssd.setdefault(model, card(model, weight=self.weights[model]))
-                self.alone("placement", ModelAdded(model), "operator")
+                source = f"http://far/{model}" if tape.one_in(2) else ""
+                self.alone("placement", ModelAdded(model, source), "operator")
             case 2:
                 self.alone("placement", ModelRemoved(model), "operator")
             case 3:

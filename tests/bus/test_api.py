@@ -11,7 +11,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bus.api import _INFER, ParsedRequest, Refusal, parse_infer, parse_key, parse_model, parse_request_id, parse_resume
+from bus.api import (
+    _INFER,
+    ParsedRequest,
+    Refusal,
+    parse_added_model,
+    parse_infer,
+    parse_key,
+    parse_removed_model,
+    parse_request_id,
+    parse_resume,
+)
 from bus.messages import OUTPUT_LIMIT_BYTES, encode, request_id
 from bus.messages.requests import ReplyTo, RequestAccepted
 from bus.replies import (
@@ -259,11 +269,21 @@ def test_resume_and_request_ids() -> None:
 
 
 def test_models_are_named_in_admin_requests() -> None:
-    assert parse_model(b'{"model":"a"}', None) == "a"
+    assert parse_removed_model(b'{"model":"a"}', None) == ("a", "")
     with pytest.raises(Refusal, match="model is missing"):
-        parse_model(b"{}", None)
+        parse_removed_model(b"{}", None)
     with pytest.raises(Refusal, match="model is missing: name the model"):
-        parse_model(b"", None)
+        parse_removed_model(b"", None)
+
+
+def test_an_added_model_may_name_its_source() -> None:
+    for source in ("/shared/models/a", "https://models.example.org/a"):
+        assert parse_added_model(msgspec.json.encode({"model": "a", "source": source}), None) == ("a", source)
+    for wrong in ("models/a", "ftp://x/a", "http://", "", "/a" * 600, 3, "/a\n"):
+        with pytest.raises(Refusal, match="source must be an absolute directory"):
+            parse_added_model(msgspec.json.encode({"model": "a", "source": wrong}), None)
+    with pytest.raises(Refusal, match="source"):
+        parse_removed_model(b'{"model":"a","source":"/a"}', None)
 
 
 def test_a_key_is_read_from_a_body_that_is_wrong_otherwise() -> None:
