@@ -41,7 +41,8 @@ TRAPS = (
     "Dropping the page cache leaves the cache of a virtual machine's host: every file was read once before, for every "
     "loader alike.",
     "Memory that lay idle goes back to the host: as much as the model needs was touched and freed before each run.",
-    "The disk is probed into huge pages, as much of them as is read; into 4 KiB pages it gives",
+    "The disk is probed before and after each run by direct reads of the loader's own files into as much memory on "
+    "huge pages: 4 KiB pages and small rings say something else of the same disk.",
 )
 
 
@@ -92,6 +93,8 @@ def bench_load(
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
     if json:
+        for found in measured.values():
+            found["figures"] = [msgspec.structs.asdict(one) | {"reached": one.reached} for one in found["figures"]]
         typer.echo(msgspec.json.encode(answer | measured).decode())
         return
     for name, found in measured.items():
@@ -107,7 +110,7 @@ def _measure(
     warm_too: bool,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    from loaders import bench_load, bench_parts
+    from loaders import bench_load, bench_parts, bench_summary
     from loaders.bench_loaders import LOADERS
 
     found: dict[str, Any] = {}
@@ -125,6 +128,7 @@ def _measure(
             found["together"] = bench_parts.bench_together(packed, second, runs=runs, tell=tell)
         if "first-token" in parts:
             found["first-token"] = bench_parts.bench_first_token(packed, runs=runs, tell=tell)
+    found["figures"] = bench_summary.summarise(found)
     return found
 
 
@@ -150,10 +154,10 @@ def _show(name: str, measured: dict[str, Any], *, ablation: bool) -> None:
     if "load" in measured:
         bench = measured["load"]
         console.print(_load_table(name, bench, steps=ablation))
-        for trap in TRAPS[:-1]:
+        for loader, reason in bench.failed.items():
+            console.print(f"{loader}: {reason}; left out")
+        for trap in TRAPS:
             console.print(trap)
-        console.print(f"{TRAPS[-1]} {bench.probe_small_pages:.2f} instead of {bench.probe:.2f} GB/s.")
-        console.print(_load_verdicts(bench))
     if "attach" in measured:
         table = Table(title=f"{name}: DRAM to usable parameters, milliseconds")
         for heading in ("memory", "tensors", "views", "every page touched"):
@@ -161,46 +165,17 @@ def _show(name: str, measured: dict[str, Any], *, ablation: bool) -> None:
         for row in measured["attach"]:
             table.add_row(row.memory, str(row.tensors), f"{median(row.views_ms):.0f}", f"{median(row.touched_ms):.0f}")
         console.print(table)
-    if (fetched := measured.get("http")) is not None:
-        console.print(
-            f"http from nginx, onto the disk and into memory: {median(fetched.ours):.2f} GB/s; curl to a file: "
-            f"{median(fetched.curl):.2f} GB/s; ratio {fetched.ratio:.2f}"
-        )
-    elif "http" in measured:
+    if "http" in measured and measured["http"] is None:
         console.print("http: nginx and curl are not both installed here")
-    if "together" in measured:
-        row = measured["together"]
-        total = median(a / b for a, b in zip(row.at_once, row.after_each_other, strict=True))
-        urgent = median(a / b for a, b in zip(row.with_priority, row.alone, strict=True))
+    if (row := measured.get("http")) is not None:
+        console.print(f"http: {median(row.ours):.2f} GB/s, curl {median(row.curl):.2f} GB/s")
+    if (row := measured.get("first-token")) is not None:
         console.print(
-            f"two loads at once: {total:.2f} of the time of one after the other; the urgent one {urgent:.2f} of alone"
+            f"first token, {row.prompt_tokens} tokens in, load {row.load_seconds:.2f} s, prefill "
+            f"{row.prefill_seconds:.2f} s: {median(row.after):.2f} s after the load, {median(row.during):.2f} s during"
         )
-    if "first-token" in measured:
-        row = measured["first-token"]
-        console.print(
-            f"first token, cold, {row.prompt_tokens} tokens in (load {row.load_seconds:.2f} s, prefill "
-            f"{row.prefill_seconds:.2f} s): {median(row.after):.2f} s after the load, {median(row.during):.2f} s "
-            f"beginning during it; {row.ratio:.2f} times faster"
-        )
-
-
-def _load_verdicts(bench: LoadBench) -> str:
-    """The ratios that this room promises, where the rows for them were measured; shares over shares."""
-    ours = "longshore, pool"
-    rows = {row.loader: row.median("share") for row in bench.rows}
-    if ours not in rows:
-        return ""
-    words = [f"share of the disk {rows[ours]:.2f}"]
-    others = {name: share for name, share in rows.items() if not name.startswith("longshore")}
-    if others:
-        best = max(others, key=lambda name: others[name])
-        words.append(f"{bench.ratio(ours, best):.2f} of the best of the others ({best})")
-    for other in ("safetensors load_file", "from_pretrained"):
-        if other in rows:
-            words.append(f"{bench.ratio(ours, other):.2f} of {other}")
-    if "longshore, pool, no checksums" in rows:
-        words.append(f"{bench.ratio(ours, 'longshore, pool, no checksums'):.3f} of itself without checksums")
-    return f"{ours}: {', '.join(words)}."
+    for figure in measured["figures"]:
+        console.print(str(figure), highlight=False)
 
 
 def _load_table(name: str, bench: LoadBench, *, steps: bool) -> Any:

@@ -66,11 +66,8 @@ class LoadBench(msgspec.Struct, frozen=True):
     probe: float = 0.0
     probe_small_pages: float = 0.0
     probe_bytes: int = 0
-
-    def ratio(self, loader: str, other: str) -> float:
-        """Median of the shares of `loader` over that of `other`; 0 where one of them was not measured."""
-        shares = {row.loader: row.median("share") for row in self.rows}
-        return shares[loader] / shares[other] if shares.get(loader) and shares.get(other) else 0.0
+    failed: dict[str, str] = {}
+    """Loaders of others that could not load, and why: they are left out from then on."""
 
 
 def prepare_paths(folder: Path, tensor_bytes: int, loaders: Sequence[str], tell: Callable[[str], None]) -> Paths:
@@ -171,41 +168,56 @@ def bench_load(
     sizes = dict.fromkeys(chosen, 0)
     dropped = ""
     for name in chosen:  # what was never read before comes slower from the host: not counted
-        _read_through(needed_paths(LOADERS[name], paths))
+        read_through(needed_paths(LOADERS[name], paths))
+    failed: dict[str, str] = {}
+
+    def measure_one(name: str, number: int) -> None:
+        nonlocal dropped
+        files = needed_paths(LOADERS[name], paths)
+        measured: list[float] = []
+
+        def before_cold() -> None:
+            nonlocal dropped
+            dropped = drop_cache(files)
+            measured.append(probe.measure(files))
+            _warm_memory(tensor_bytes)
+
+        answer = run_child(name, paths, check=number == 0, before=before_cold)
+        measured.append(probe.measure(files))
+        rate = answer["bytes"] / answer["seconds"] / 1e9
+        cold[name].append(Run(rate, rate / statistics.mean(measured), *measured))
+        versions[name], sizes[name] = answer["version"], answer["bytes"]
+        if number == 0:
+            equal[name] = all(answer["digests"].get(key) == digest for key, digest in expected.items())
+        if not warm_too:
+            return
+
+        def before_warm() -> None:
+            read_through(files)
+            _warm_memory(tensor_bytes)
+
+        answer = run_child(name, paths, check=False, before=before_warm)
+        warm[name].append(Run(answer["bytes"] / answer["seconds"] / 1e9, 0.0))
+
     for number in range(runs):
         for name in chosen:
-            tell(f"{tensor_bytes / 1e9:g} GB, run {number + 1} of {runs}: {name}")
-            files = needed_paths(LOADERS[name], paths)
-            measured: list[float] = []
-
-            def before_cold(files: list[Path] = files, measured: list[float] = measured) -> None:
-                nonlocal dropped
-                dropped = drop_cache(files)
-                measured.append(probe.measure(files))
-                _warm_memory(tensor_bytes)
-
-            answer = run_child(name, paths, check=number == 0, before=before_cold)
-            measured.append(probe.measure(files))
-            rate = answer["bytes"] / answer["seconds"] / 1e9
-            cold[name].append(Run(rate, rate / statistics.mean(measured), *measured))
-            versions[name], sizes[name] = answer["version"], answer["bytes"]
-            if number == 0:
-                equal[name] = all(answer["digests"].get(key) == digest for key, digest in expected.items())
-
-            if not warm_too:
+            if name in failed:
                 continue
-
-            def before_warm(files: list[Path] = files) -> None:
-                _read_through(files)
-                _warm_memory(tensor_bytes)
-
-            answer = run_child(name, paths, check=False, before=before_warm)
-            warm[name].append(Run(answer["bytes"] / answer["seconds"] / 1e9, 0.0))
+            tell(f"{tensor_bytes / 1e9:g} GB, run {number + 1} of {runs}: {name}")
+            try:
+                measure_one(name, number)
+            except CheckpointError as error:
+                if not LOADERS[name].package:  # ours has to work; what others cannot do here is told
+                    raise
+                failed[name] = str(error)
+    chosen = [name for name in chosen if name not in failed]
     rows = (
         Row(name, versions[name], sizes[name], tuple(cold[name]), tuple(warm[name]), equal[name]) for name in chosen
     )
     probes = [rate for runs_of in cold.values() for run in runs_of for rate in (run.probe_before, run.probe_after)]
-    return LoadBench(dropped, tuple(rows), statistics.median(probes), statistics.median(small_rates), probe.bytes)
+    return LoadBench(
+        dropped, tuple(rows), statistics.median(probes), statistics.median(small_rates), probe.bytes, failed
+    )
 
 
 def _warm_memory(count: int) -> None:
@@ -213,7 +225,7 @@ def _warm_memory(count: int) -> None:
     MemoryPool(count)
 
 
-def _read_through(files: Sequence[Path]) -> None:
+def read_through(files: Sequence[Path]) -> None:
     block = bytearray(8 << 20)
     for path in files:
         with path.open("rb", buffering=0) as file:

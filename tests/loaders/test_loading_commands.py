@@ -8,7 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from loaders import Manifest
+import pytest
+
+from loaders import Manifest, bench_cli
+from loaders.bench_load import LoadBench, Row, Run
+from loaders.bench_summary import Figure, summarise
 
 Packed = Callable[[str], tuple[Path, Manifest]]
 
@@ -50,9 +54,35 @@ def test_doctor_memory_names_the_best_kind_of_memory(tmp_path: Path) -> None:
 
 def test_bench_load_measures_and_compares(tmp_path: Path) -> None:
     arguments = ["bench", "load", "--folder", str(tmp_path), "--size", "0.05", "--runs", "1", "--json"]
+    arguments += ["--part", "load", "--part", "together"]
     chosen = ["longshore, pool"]
     done = longshore(*arguments, *(word for name in chosen for word in ("--loader", name)))
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["0.05 GB"]["load"]["rows"]
+    told = json.loads(done.stdout)
+    assert told["machine"]["kernel"] and told["machine"]["versions"]["torch"]
+    share = next(one for one in told["0.05 GB"]["figures"] if one["what"] == "longshore, pool, share of the disk")
+    assert share["reach"] == 0.95 and isinstance(share["reached"], bool) and not told["0.05 GB"]["load"]["failed"]
+    assert "dropped" in told["0.05 GB"]["load"]["dropped"]
+    assert "two loads at once, run 1 of 1" in done.stderr, "long work shows progress"
+    rows = told["0.05 GB"]["load"]["rows"]
     assert [row["loader"] for row in rows] == chosen
     assert all(row["equal"] and row["cold"][0]["share"] > 0 for row in rows)
+
+
+def test_bench_load_says_what_was_reached(capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(2.0, 0.96, 2.1, 2.1)
+    rows = [Row("longshore, pool", "", 1, (run,), (), True), Row("tensorizer", "2", 1, (Run(1.0, 0.5),), (), False)]
+    bench = LoadBench("the page cache was dropped", tuple(rows), 2.1, 1.5, 1, {"torch.load": "it failed"})
+    figures = summarise({"load": bench})
+    bench_cli._show("2 GB", {"load": bench, "http": None, "figures": figures}, ablation=False)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "share of the disk: 0.960 (at least 0.95: reached)" in shown
+    assert "the others here (tensorizer): 1.92 (at least 1.1: reached)" in shown
+    assert "torch.load: it failed; left out" in shown and "touched and freed" in shown and "nginx" in shown
+
+
+def test_figures_know_their_bounds() -> None:
+    assert Figure("rate", 0.9, 0.9).reached and not Figure("rate", 0.89, 0.9).reached
+    assert Figure("time", 60, 60, at_most=True).reached and not Figure("time", 61, 60, at_most=True).reached
+    assert Figure("told", 5).reached
+    assert str(Figure("time", 61.2, 60, at_most=True, unit="ms")) == "time: 61 ms (at most 60 ms: NOT REACHED)"
