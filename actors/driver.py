@@ -13,14 +13,17 @@ Rules
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import Callable
 from typing import Protocol
 
+import msgspec
+
 from actors.driver_core import DriverCore, Effect, EpochOver, OutgoingFact, Replaced
 from bus.contract import Appended, Bus, BusError, LogFull, NoAnswer, Reader
-from bus.messages import Message
+from bus.messages import DriverLost, FactEnvelope, Message, encode, kind_of
 from bus.subjects import Subjects
 from bus.tasks import Tasks
 
@@ -31,6 +34,8 @@ RETRY_SECONDS = 0.05
 FULL_RETRY_SECONDS = 0.5
 FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 2.0
+LEAVE_SECONDS = 2.0
+"""How long the word that a driver leaves may take; without it, watch counts its silence."""
 STEADY_SECONDS = 10.0
 """An epoch that lived this long was no failed start: the next pause is short again."""
 
@@ -122,6 +127,24 @@ class DriverShell:
                 pause = FIRST_PAUSE_SECONDS
             await asyncio.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+
+    async def leave(self, running: asyncio.Task[None], reason: str) -> None:
+        """End `running`, which is `run`, and say so in the ledger: nobody has to wait for a silence then."""
+        epoch, driver = self.epoch, self._driver.name
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+        if not epoch:
+            return
+        lost = DriverLost(driver, epoch, reason, leaving=True)
+        with contextlib.suppress(BusError, TimeoutError):
+            async with asyncio.timeout(LEAVE_SECONDS):
+                await self._bus.ledger.append(
+                    self._subjects.fact(driver, kind_of(lost)),
+                    encode(FactEnvelope(driver, msgspec.Raw(encode(lost)))),
+                    message_id=f"fact.{driver}.leaving.{epoch}",
+                    publisher=driver,
+                )
 
     async def _live(self) -> None:
         body = await self._driver.open()

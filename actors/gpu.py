@@ -30,6 +30,8 @@ from bus.messages import (
     CancelSequence,
     CancelTaken,
     CaughtUp,
+    ContextsTold,
+    ContextsWanted,
     DetachModel,
     DriverLost,
     DropHeir,
@@ -60,6 +62,7 @@ from bus.messages import (
     RunSequence,
     SealedSequence,
     SealTokens,
+    SequenceContext,
     SequenceDropped,
     SequenceEnded,
     SequenceFailed,
@@ -101,9 +104,10 @@ class Gpu(Actor):
 
     def on_DriverLost(self, message: DriverLost, now: int) -> list[To]:
         """Also of a later epoch: one whose `started` could not be taken."""
-        return self._close() if message.epoch >= self.state.epoch else []
+        left = message.leaving and self.rules >= 3
+        return self._close(left=left) if message.epoch >= self.state.epoch else []
 
-    def _close(self) -> list[To]:
+    def _close(self, *, left: bool = False) -> list[To]:
         if not self.state.epoch:
             return []
         said: list[To] = []
@@ -111,7 +115,7 @@ class Gpu(Actor):
         if self.state.sequences:
             after = min(held.after for held in self.state.sequences.values())
             seal = SealTokens(self.name, self.state.epoch, tuple(self.state.sequences), after)
-            self.state.sealing[self.state.epoch] = Sealing(self.state.sequences, {})
+            self.state.sealing[self.state.epoch] = Sealing(self.state.sequences, {}, left)
             self.state.sequences = {}
             said.append(To("sealer", seal))
         said.append(To("placement", WorkerGone(self.name)))
@@ -137,14 +141,14 @@ class Gpu(Actor):
         for sealed in message.sequences:
             held = sealing.sequences.pop(_key(sealed.request, sealed.attempt), None)
             if held is not None:
-                said.append(To("requests", self._sealed(message, sealed)))
+                said.append(To("requests", self._sealed(message, sealed, sealing.left)))
         if len(sealing.parts) == message.parts:
             for held in sealing.sequences.values():
-                said.append(To("requests", SequenceEnded(held.request, held.attempt, "")))
+                said.append(To("requests", SequenceEnded(held.request, held.attempt, "", left=sealing.left)))
             del self.state.sealing[message.epoch]
         return said
 
-    def _sealed(self, message: SequencesSealed, sealed: SealedSequence) -> SequenceEnded:
+    def _sealed(self, message: SequencesSealed, sealed: SealedSequence, left: bool) -> SequenceEnded:
         """With a span wherever a page ended it, be it empty: that says that no worker shows the end."""
         span = None
         if sealed.tokens or sealed.end:
@@ -159,7 +163,9 @@ class Gpu(Actor):
                 sealed=message.sequence,
             )
         reason = cast(Reason, sealed.end) if sealed.end != "handed-over" else ""
-        return SequenceEnded(sealed.request, sealed.attempt, reason, span, sealed.prompt_tokens)
+        return SequenceEnded(
+            sealed.request, sealed.attempt, reason, span, sealed.prompt_tokens, left=left and not reason
+        )
 
     # ---- instances --------------------------------------------------------------------------------------------
 
@@ -355,7 +361,12 @@ class Gpu(Actor):
             held = self.state.sequences.get(_key(progress.request, progress.attempt))
             if held is not None:
                 held.next = max(held.next, progress.next)
+                held.prompt_tokens = progress.prompt_tokens or held.prompt_tokens
         return []
+
+    def on_ContextsWanted(self, message: ContextsWanted, now: int) -> list[To]:
+        told = (SequenceContext(h.request, h.attempt, h.prompt_tokens + h.next) for h in self.state.sequences.values())
+        return [To("placement", ContextsTold(self.name, tuple(told)))]
 
     # ---- sequences that move ------------------------------------------------------------------------------------
 

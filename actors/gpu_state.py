@@ -39,6 +39,7 @@ class HeldSequence(msgspec.Struct):
     next: int
     after: int = 0
     several: bool = False
+    prompt_tokens: int = 0
 
 
 class Standby(msgspec.Struct):
@@ -52,10 +53,14 @@ class Standby(msgspec.Struct):
 
 
 class Sealing(msgspec.Struct):
-    """A closed epoch whose token subject is not sealed yet. `parts`: which parts of the statement have come."""
+    """A closed epoch whose token subject is not sealed yet. `parts`: which parts of the statement have come.
+
+    `left`: its worker was told to end, which is no death of its sequences.
+    """
 
     sequences: dict[str, HeldSequence]
     parts: dict[int, bool] = {}
+    left: bool = False
 
 
 class GpuState(msgspec.Struct):

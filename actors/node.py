@@ -99,15 +99,19 @@ async def run_node(options: NodeOptions) -> None:
     tasks = Tasks()
     try:
         async with Health(f"node {options.server}").kept(options.health) as health:
-            tasks.start(shell.run(), "store")
-            for worker in workers:
-                tasks.start(worker.supervise(), worker.name)
+            store = tasks.start(shell.run(), "store")
+            supervisors = [tasks.start(worker.supervise(), worker.name) for worker in workers]
             tasks.start(_until(ending), "ending")
             tasks.start(_leave(bus, options.server), "leaving")
             tasks.start(_alone(shell, options.server), "alone")
             health.reasons = lambda: obstacles(bus, shell, workers)
             with contextlib.suppress(_Ending):
                 await tasks.wait()
+            # Workers first: nobody starts one again, each says that it leaves, and the store goes last.
+            for supervisor in supervisors:
+                supervisor.cancel()
+            await asyncio.gather(*(worker.stop() for worker in workers))
+            await shell.leave(store, "its node was told to end")
     finally:
         await tasks.stop()
         await asyncio.gather(*(worker.stop() for worker in workers))

@@ -68,7 +68,7 @@ class Placement(PlacementDrain):
         if message.model not in self.state.queues:
             worker = self._free_instance(model)
             if worker is not None:
-                waiting = Waiting(message.attempt, message.accepted, now)
+                waiting = Waiting(message.attempt, message.accepted, now, message.priority, message.deadline)
                 return [self._place(model, message.request, waiting, worker, now)]
         if message.attempt == 1 and self.state.waiting >= self.state.configuration.queue_limit:
             return [self._queue_full(message, model)]

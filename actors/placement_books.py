@@ -70,7 +70,7 @@ class PlacementBooks(Actor):
 
     def _enqueue(self, message: PlaceRequest, now: int) -> None:
         queue = self.state.queues.setdefault(message.model, {})
-        queue[message.request] = Waiting(message.attempt, message.accepted, now)
+        queue[message.request] = Waiting(message.attempt, message.accepted, now, message.priority, message.deadline)
         self.state.waiting += 1
         if len(queue) > 1 and message.attempt > 1:
             ordered = sorted(queue.items(), key=lambda item: item[1].accepted)

@@ -1,7 +1,8 @@
 """Slots for sequences that run elsewhere and are to move: kept while they are prepared, taken when they go on.
 
 A wish is served before the queues: whoever moves frees a slot where it comes from. A model that has no free slot in an
-allowed place is started there, as it would be for a waiting request, on memory that is free or idle.
+allowed place is started there, as it would be for a waiting request, on memory that is free or idle. Where it cannot
+be, the wish is denied; but who is to leave a server that is drained waits for the next slot that comes free (rules 3).
 """
 
 from __future__ import annotations
@@ -51,7 +52,11 @@ class PlacementMoves(PlacementPump):
 
     def _serve_wishes(self, now: int) -> list[To]:
         said: list[To] = []
+        full: dict[tuple[str, str, str], bool] = {}
         for request, wish in list(self.state.wishes.items()):
+            kind = (wish.model, wish.source, wish.to)
+            if kind in full:
+                continue
             model = self.state.models.get(wish.model)
             if model is None or model.removed:
                 said.append(self._deny(request, wish, f"{wish.model} is not served any more"))
@@ -60,8 +65,16 @@ class PlacementMoves(PlacementPump):
             if worker is not None:
                 said.append(self._keep(request, wish, model, worker, now))
             elif not self._starts_elsewhere(model, wish):
-                said += self._start_elsewhere(request, wish, model, now)
+                told = self._start_elsewhere(request, wish, model, now)
+                said += told
+                if not told:
+                    full[kind] = True
         return said
+
+    def _waits(self, wish: SlotWish) -> bool:
+        """Whether a wish that finds no room is kept until some comes free, instead of being denied."""
+        source = self.state.workers.get(wish.source)
+        return self.rules >= 3 and not wish.to and source is not None and source.server in self.state.draining
 
     def _is_allowed(self, worker: str, wish: SlotWish) -> bool:
         if self.state.workers[worker].server in self.state.draining:
@@ -89,13 +102,17 @@ class PlacementMoves(PlacementPump):
         instance.active[request] = wish.attempt
         instance.used_at = now
         self._index(worker, model, instance)
-        self.state.kept[request] = Placed(worker, wish.model, wish.attempt, now)
+        runs = self.state.placed.get(request)
+        urgency = (runs.priority, runs.deadline) if runs is not None else (0, 0)
+        self.state.kept[request] = Placed(worker, wish.model, wish.attempt, now, *urgency)
         return To("migration", SlotKept(request, wish.attempt, worker))
 
     def _start_elsewhere(self, request: str, wish: SlotWish, model: KnownModel, now: int) -> list[To]:
         options, _ = best_options(self.state, model, unmet=1, running=False, rules=self.rules)
         allowed = [option for option in options if self._is_allowed(option.candidate.worker, wish)]
         if not allowed or wish.starts >= STARTS_LIMIT:
+            if self._waits(wish):
+                return []
             where = wish.to or "elsewhere"
             why = "has no room for it" if not wish.starts else "did not start it"
             return [self._deny(request, wish, f"{wish.model}: no free slot, and {where} {why}")]

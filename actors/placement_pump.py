@@ -38,7 +38,8 @@ class PlacementPump(PlacementBooks):
     def _use_slot(self, model: KnownModel, instance: RunningInstance, now: int) -> list[To]:
         """A slot of this instance came free: for its own queue first, and for others where it is idle by that."""
         state, name = self.state, model.card.model
-        said = self._dispatch(name, now) if name in state.queues else []
+        said = self._serve_wishes(now) if self.rules >= 3 and state.wishes else []
+        said += self._dispatch(name, now) if name in state.queues else []
         if not instance.active:
             return [*said, *self._pump(now)] if state.queues or state.removing or state.replacing else said
         if said and len(state.queues) > (name in state.queues) and self._older_starves(name):
@@ -92,7 +93,7 @@ class PlacementPump(PlacementBooks):
         instance.active[request] = waiting.attempt
         instance.used_at = now
         self._index(worker, model, instance)
-        self.state.placed[request] = Placed(worker, name, waiting.attempt, now)
+        self.state.placed[request] = Placed(worker, name, waiting.attempt, now, waiting.priority, waiting.deadline)
         tier = instance.tier if waiting.since < instance.ready_at else "running"
         return To("requests", RequestPlaced(request, waiting.attempt, worker, tier, now - waiting.since))
 

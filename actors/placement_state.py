@@ -127,17 +127,23 @@ class Room(msgspec.Struct):
     victims: list[tuple[str, str]]
 
 
-class Waiting(msgspec.Struct):
+class Waiting(msgspec.Struct, omit_defaults=True):
+    """`deadline` 0: none, or none that is known here."""
+
     attempt: int
     accepted: int
     since: int
+    priority: int = 0
+    deadline: int = 0
 
 
-class Placed(msgspec.Struct):
+class Placed(msgspec.Struct, omit_defaults=True):
     worker: str
     model: str
     attempt: int
     since: int
+    priority: int = 0
+    deadline: int = 0
 
 
 class SlotWish(msgspec.Struct):
@@ -152,12 +158,17 @@ class SlotWish(msgspec.Struct):
     starts: int = 0
 
 
-class Drain(msgspec.Struct):
-    """A server that takes nothing new. `until`: when what is left there is left to recovery; `told`: that is over."""
+class Drain(msgspec.Struct, omit_defaults=True):
+    """A server that takes nothing new. `until`: when what is left there is left to recovery; `told`: that is over.
+
+    `asked`: workers that have not said yet how much context they hold, in this step; `tokens`: what the others said.
+    """
 
     until: int
     leave: bool = False
     told: bool = False
+    asked: dict[str, bool] = {}
+    tokens: dict[str, int] = {}
 
 
 class PlacementState(msgspec.Struct):

@@ -201,11 +201,12 @@ class Requests(Actor):
         if message.reason:
             released = To("placement", SlotReleased(message.request, message.attempt, request.model))
             return [*self._end_as(message, request, now), released]
-        request.deaths += 1
-        note_death(request, self.state.configuration, message.span, "its worker died")
+        if not message.left:
+            request.deaths += 1
+            note_death(request, self.state.configuration, message.span, "its worker died")
         if request.stopping:
             return self._end(message.request, request, now, self._stopped(request))
-        if request.deaths >= self.state.configuration.deaths_limit:
+        if not message.left and request.deaths >= self.state.configuration.deaths_limit:
             reason = f"{request.deaths} workers died while they held this request"
             return self._end(message.request, request, now, "quarantined", code="quarantined", reason=reason)
         return [*said, *self._again(message.request, request)]
@@ -361,9 +362,10 @@ class Requests(Actor):
         request.moving, request.heir = False, ""
         return [To("migration", MoveOver(name, request.attempt, reason=reason))]
 
-    @staticmethod
-    def _wish(name: str, request: Request) -> To:
+    def _wish(self, name: str, request: Request) -> To:
         wish = PlaceRequest(name, request.attempt, request.model, request.accepted, request.priority, request.choice)
+        if self.rules >= 3 and request.deadline:
+            wish = msgspec.structs.replace(wish, deadline=request.deadline)
         return To("placement", wish)
 
     def _stop_all(self, name: str, reason: Literal["cancelled", "deadline"], now: int) -> list[To]:

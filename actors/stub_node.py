@@ -73,11 +73,13 @@ async def run_stub_node(
             process=os.getpid(),
         )
         drivers.append(DriverShell(bus, subjects, worker, boot=lambda: secrets.token_hex(8)))
-    for driver in drivers:
-        tasks.start(driver.run(), "stub driver")
+    running = [tasks.start(driver.run(), "stub driver") for driver in drivers]
     leaving = tasks.start(until_drained(bus, subjects, server), "leaving")
     leaving.add_done_callback(lambda done: ending.set())
     await ending.wait()
+    leaving.cancel()
+    for driver, task in reversed([*zip(drivers, running, strict=True)]):
+        await driver.leave(task, "its node was told to end")
     await tasks.stop()
     await bus.close()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 import os
@@ -70,11 +69,15 @@ async def serve_worker(settings: WorkerSettings, beat: Beat) -> None:
     running = loop.create_task(shell.run())
     saying = loop.create_task(_say(beat, bus, shell))
     preparing = loop.create_task(runtime.keep_prepared())
-    loop.add_signal_handler(signal.SIGTERM, running.cancel)
+    told = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, told.set)
     loop.add_signal_handler(signal.SIGINT, lambda: None)  # of the terminal: the node ends its workers itself
     try:
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
+        ending = loop.create_task(told.wait())
+        await asyncio.wait([running, ending], return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()
+        await shell.leave(running, "its process was told to end")
     finally:
         saying.cancel()
         preparing.cancel()

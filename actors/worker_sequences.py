@@ -157,7 +157,7 @@ class HeldSequence:
         )
 
     def progress(self) -> SequenceProgress:
-        return SequenceProgress(self.effect.request, self.effect.attempt, self.durable, self.digest)
+        return SequenceProgress(self.effect.request, self.effect.attempt, self.durable, self.digest, self.prompt_tokens)
 
 
 class PageEntry(NamedTuple):

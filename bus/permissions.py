@@ -27,10 +27,11 @@ ROLES: tuple[Role, ...] = get_args(Role)
 SERVICE = "$SRV"
 
 STORE_KINDS = ("store.started", "model.loaded", "load.failed", "model.evicted", "model.found", "model.missing",
-               "model.deleted", "load.cancel-taken")  # fmt: skip
+               "model.deleted", "load.cancel-taken", "driver.lost")  # fmt: skip
 WORKER_KINDS = ("worker.started", "model.attached", "attach.failed", "model.detached", "cancel.taken", "reader.added",
                 "sequence.finished", "sequence.refused", "sequence.failed", "progress.reported", "round.finished",
-                "sequence.caught-up", "hand-over.taken", "sequence.released", "sequence.dropped")  # fmt: skip
+                "sequence.caught-up", "hand-over.taken", "sequence.released", "sequence.dropped",
+                "driver.lost")  # fmt: skip
 CONTROL_KINDS = ("request.accepted", "cancel.requested", "reader.attached", "requests.configured", "model.added",
                  "model.removed", "placement.configured", "driver.lost", "sequences.sealed", "timer.fired",
                  "rules.activated")  # fmt: skip

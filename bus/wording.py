@@ -254,6 +254,14 @@ _say(
     lambda e, s, r: f"an operator wants {_moved(e.request, e.model, e.server)} moved to {e.to or 'somewhere else'}",
 )
 _say(m.MoveWanted, lambda e, s, r: f"{_moved(e.request, e.model, e.worker)} is to move to {e.to or 'anywhere else'}")
+_say(m.ContextsWanted, lambda e, s, r: "how much context has each sequence that runs there?")
+_say(
+    m.ContextsTold,
+    lambda e, s, r: (
+        f"{plural(len(e.sequences), 'sequence')} on {e.worker}, "
+        f"with {plural(sum(one.tokens for one in e.sequences), 'token')} of context"
+    ),
+)
 _say(m.DescribeMove, lambda e, s, r: f"which requests are meant by {_moved(e.request, e.model, e.worker)}?")
 _say(
     m.MoveDescribed,
@@ -406,7 +414,9 @@ _say(
     ),
 )
 _say(m.WorkerStarted, lambda e, s, r: f"worker {s} started on {e.device} with {size(e.memory_bytes)}")
-_say(m.DriverLost, lambda e, s, r: f"{e.driver} is lost (epoch {e.epoch}){why(e.reason)}")
+_say(
+    m.DriverLost, lambda e, s, r: f"{e.driver} {'leaves' if e.leaving else 'is lost'} (epoch {e.epoch}){why(e.reason)}"
+)
 _say(m.EpochClosed, lambda e, s, r: f"epoch {e.epoch} of {e.driver} is closed{why(e.reason)}")
 
 # ---- drivers: stores ------------------------------------------------------------------------------------------

@@ -55,11 +55,15 @@ class WorkerStarted(Message, frozen=True, tag="worker.started"):
 
 
 class DriverLost(Message, frozen=True, tag="driver.lost"):
-    """watch: the driver's epoch is over (silence, a hole in its facts, a broken chain). Stated once per epoch."""
+    """watch: the driver's epoch is over (silence, a hole in its facts, a broken chain). Stated once per epoch.
+
+    `leaving`: the driver itself says so, because its process was told to end.
+    """
 
     driver: Name
     epoch: Positive
     reason: Text
+    leaving: bool = False
 
 
 class EpochClosed(Message, frozen=True, tag="epoch.closed"):
@@ -299,11 +303,14 @@ class SequenceFailed(Message, frozen=True, tag="sequence.failed"):
     last_page: Count = 0
 
 
-class SequenceProgress(msgspec.Struct, frozen=True):
+class SequenceProgress(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`next`: the first position that is not durable yet; `prompt_tokens`: those of its prompt, 0 where not said."""
+
     request: Name
     attempt: Positive
     next: Count
     tokens_digest: Digest
+    prompt_tokens: Count = 0
 
 
 class ProgressReported(Message, frozen=True, tag="progress.reported"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import msgspec
 from msgspec import Meta
 
 from bus.messages.envelope import Count, Digest, Message, Name, Positive, Text
@@ -50,6 +51,25 @@ class MoveWanted(Message, frozen=True, tag="move.wanted"):
     worker: Place = ""
     to: Place = ""
     why: Place = ""
+
+
+class ContextsWanted(Message, frozen=True, tag="contexts.wanted"):
+    """placement > gpu: how much context would have to be computed again for each sequence that runs on you?"""
+
+
+class SequenceContext(msgspec.Struct, frozen=True):
+    """`tokens`: of prompt and answer together, as last reported."""
+
+    request: Name
+    attempt: Positive
+    tokens: Count
+
+
+class ContextsTold(Message, frozen=True, tag="contexts.told"):
+    """gpu > placement: that much."""
+
+    worker: Name
+    sequences: tuple[SequenceContext, ...] = ()
 
 
 class MoveDescribed(Message, frozen=True, tag="move.described"):

@@ -171,7 +171,8 @@ class PlaceRequest(Message, frozen=True, tag="request.place"):
     """requests > placement: this request wants a slot of a running instance of the model.
 
     `accepted` orders the queue: a request that lost its worker goes before those that came after it. The answers of one
-    request ask one after the other, in one step; they get into the queue together or not at all.
+    request ask one after the other, in one step; they get into the queue together or not at all. `deadline`: by the
+    ledger's clock in nanoseconds, 0 for none or where nobody asks for it yet.
     """
 
     request: Name
@@ -180,6 +181,7 @@ class PlaceRequest(Message, frozen=True, tag="request.place"):
     accepted: Positive
     priority: Priority = 0
     choice: Choice | None = None
+    deadline: Count = 0
 
 
 class RequestPlaced(Message, frozen=True, tag="request.placed"):
@@ -264,7 +266,8 @@ class SequenceEnded(Message, frozen=True, tag="sequence.ended"):
     """gpu > requests: the worker ended it (reason), or its epoch was sealed (reason empty unless a page said one).
 
     `span` is absent where no position of this attempt became durable. `missed`: readers whom the worker did not get to
-    before it ended one of several answers; of other requests the worker says so itself (reader.added).
+    before it ended one of several answers; of other requests the worker says so itself (reader.added). `left`: its
+    worker did not die, but was told to end.
     """
 
     request: Name
@@ -273,6 +276,7 @@ class SequenceEnded(Message, frozen=True, tag="sequence.ended"):
     span: Span | None = None
     prompt_tokens: Count = 0
     missed: tuple[ReplyTo, ...] = ()
+    left: bool = False
 
 
 class SequenceRejected(Message, frozen=True, tag="sequence.rejected"):

@@ -16,18 +16,25 @@ from world import card
 from actors.placement import Placement
 from actors.replay import verify
 from bus.messages import (
+    ContextsTold,
+    ContextsWanted,
     DrainRequested,
     HeldModel,
     InstanceReady,
     MoveWanted,
     PlaceRequest,
     RequestPlaced,
+    SequenceContext,
     ServerDrained,
     ServerReady,
+    SetTimer,
+    SlotDenied,
+    SlotKept,
     SlotReleased,
     StartInstance,
     TimerFired,
     To,
+    WantSlot,
     WorkerReady,
 )
 
@@ -82,6 +89,62 @@ def test_without_another_place_requests_wait_until_it_is_taken_back() -> None:
     said = placement.handle(DrainRequested("s0", undo=True), 5)
     assert [to.message.worker for to in said if isinstance(to.message, RequestPlaced)] == ["gpu/s0/0"]
     assert drained(placement.handle(DrainRequested("s9"), 6))[0].reason == "no server s9 is known here"
+
+
+def two_running(slots: int) -> Placement:
+    """Rules 3: s0 runs three requests, s1 the same model with so many slots."""
+    placement = Placement("placement")
+    placement.rules = 3
+    for server, held in (("s0", 4), ("s1", slots)):
+        placement.handle(ServerReady(server, GIB, (HeldModel(card("m0")),)), 0)
+        placement.handle(WorkerReady(f"gpu/{server}/0", server, GIB, held), 0)
+    placement.handle(PlaceRequest("long", 1, "m0", 1), 1)
+    placement.handle(InstanceReady("gpu/s0/0", "m0", 4, "ssd"), 2)
+    placement.handle(PlaceRequest("short", 1, "m0", 2), 3)
+    placement.handle(PlaceRequest("due", 1, "m0", 3, deadline=9 * SECOND), 4)
+    placement.handle(PlaceRequest("first", 1, "m0", 4, priority=1), 5)
+    return placement
+
+
+CONTEXTS = ContextsTold(
+    "gpu/s0/0",
+    (
+        SequenceContext("short", 1, 20),
+        SequenceContext("first", 1, 5),
+        SequenceContext("long", 1, 2000),
+        SequenceContext("due", 1, 7),
+    ),
+)
+
+
+def test_what_is_urgent_and_then_what_saves_most_moves_first() -> None:
+    placement = two_running(slots=4)
+    said = placement.handle(DrainRequested("s0", 30_000), 6)
+    assert [to.receiver for to in said if isinstance(to.message, ContextsWanted)] == ["gpu/s0/0"]
+    wanted = [to.message for to in placement.handle(CONTEXTS, SECOND) if isinstance(to.message, MoveWanted)]
+    assert [one.request for one in wanted] == ["first", "due", "long", "short"]
+    assert wanted[1].why == "its server is being drained; a move saves 7 tokens of context, due in 8 s"
+    assert not placement.handle(CONTEXTS, SECOND), "asked once, told once"
+
+
+def test_who_finds_no_slot_waits_for_one_and_is_not_asked_again() -> None:
+    placement = two_running(slots=1)
+    placement.handle(PlaceRequest("other", 1, "m0", 5), 6)
+    said = placement.handle(DrainRequested("s0", 30_000), 7)
+    placement.handle(CONTEXTS, 8)
+    said = placement.handle(WantSlot("long", 2, "m0", "gpu/s0/0"), 9)
+    (start,) = [to for to in said if isinstance(to.message, StartInstance)]
+    assert start.receiver == "gpu/s1/0"
+    said = placement.handle(InstanceReady("gpu/s1/0", "m0", 1, "ssd"), 10)
+    assert [to.message.request for to in said if isinstance(to.message, SlotKept)] == ["long"]
+    for request in ("short", "due", "first"):
+        assert placement.handle(WantSlot(request, 2, "m0", "gpu/s0/0"), 11) == []
+    said = placement.handle(TimerFired(1, 0, SECOND, "drain/s0"), SECOND)
+    assert [type(to.message) for to in said] == [SetTimer], "nothing is asked again while all wait"
+    said = placement.handle(SlotReleased("long", 2, "m0"), 2 * SECOND)
+    assert [to.message.request for to in said if isinstance(to.message, SlotKept)] == ["short"]
+    said = placement.handle(DrainRequested("s0", undo=True), 3 * SECOND)
+    assert sorted(to.message.request for to in said if isinstance(to.message, SlotDenied)) == ["due", "first"]
 
 
 async def drain(cell: LiveCell, *arguments: str) -> Any:
