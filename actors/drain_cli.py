@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json as json_module
-import re
 import sys
 from typing import Annotated
 
@@ -12,12 +10,6 @@ import typer
 
 from bus.errors import UserError
 from bus.options import DEFAULT_CELL, DEFAULT_NATS, CellOption, Failure, JsonOption, NatsOption, connected
-
-PATIENCE_SECONDS = 10.0
-"""For control to say so, beyond the deadline."""
-
-_TIME = re.compile(r"(\d{1,6})(ms|s|m)?")
-_MILLISECONDS = {"ms": 1, "s": 1000, "m": 60_000}
 
 
 async def drain(
@@ -33,41 +25,31 @@ async def drain(
 ) -> None:
     """Move everything away from a server and let its process end; what is left after the deadline is recovered.
 
-    A server that starts anew is in service again. One with --stay is taken back with --undo.
+    A server that starts anew is in service again, and systemd, compose and `longshore up` start it at once. To keep one
+    out, drain it with --stay and stop its process then. One with --stay is taken back with --undo.
 
     Example: longshore drain s2 --deadline 30s
     """
     import msgspec
 
-    from bus.messages import DrainRequested, FactEnvelope, ServerDrained, decode_said, decode_said_body, encode, kind_of
+    from actors.draining import order, parse_time, until_told
+    from bus.messages import DrainRequested
     from bus.subjects import valid_name
 
     if not valid_name(server):
         raise UserError(f"{server!r} is no name of a server: `longshore status` shows which there are")
-    time = _TIME.fullmatch(deadline)
-    if time is None:
-        raise UserError(f"--deadline {deadline!r} is no time: write 500ms, 30s or 5m")
-    milliseconds = int(time[1]) * _MILLISECONDS[time[2] or "s"]
-    message = DrainRequested(server, milliseconds, leave=not stay and not undo, undo=undo)
-    payload = encode(FactEnvelope("operator", msgspec.Raw(encode(message))))
+    milliseconds = parse_time(deadline, "--deadline")
     async with connected(nats, cell) as bus:
-        fact = await bus.ledger.append(bus.subjects.fact("placement", kind_of(message)), payload)
+        fact = await order(
+            bus, bus.subjects, DrainRequested(server, milliseconds, leave=not stay and not undo, undo=undo)
+        )
         if undo:
             print(json_module.dumps({"server": server, "in_service": True}) if json else f"{server} is in service")
             return
-        subject = bus.subjects.said("placement", f"node/{server}", "server.drained")
-        reader = await bus.ledger.read([subject], start=fact.sequence)
-        told: ServerDrained | None = None
         try:
-            async with asyncio.timeout(milliseconds / 1000 + PATIENCE_SECONDS):
-                while told is None:
-                    for record in await reader.batch():
-                        found = decode_said_body(decode_said(record.payload).body)
-                        told = found if isinstance(found, ServerDrained) and told is None else told
+            told = await until_told(bus, bus.subjects, server, fact, milliseconds)
         except TimeoutError:
             raise Failure(f"no control said that {server} is drained: `longshore status` shows the cell") from None
-        finally:
-            await reader.close()
     if json:
         print(json_module.dumps(msgspec.to_builtins(told)))
     elif told.reason:

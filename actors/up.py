@@ -163,9 +163,10 @@ class CellProcesses:
 
     async def _keep(self, child: Child, tell: Callable[[str], None]) -> None:
         pauses = _Pauses()
-        while (code := await child.wait()) < 0:
+        while (code := await child.wait()) < 0 or (code == 0 and child in self.nodes):
             await pauses.take()
-            tell(f"{child.name} was ended by signal {-code}: starting it again")
+            why = f"was ended by signal {-code}" if code else "was drained or told to end, and has left"
+            tell(f"{child.name} {why}: starting it again")
             await child.start()
         raise UserError(f"{child.name} ended with code {code}; the end of {child.log}:\n{child.last_words()}")
 

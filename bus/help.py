@@ -7,7 +7,17 @@ PANELS = {
     "Run a cell": ("up", "control", "node", "gateway", "config", "nats-config"),
     "Models": ("model", "pack", "verify", "fetch", "load"),
     "See what happens, and why": ("status", "tail", "record", "replay"),
-    "Keep it going": ("migrate", "drain", "dead", "ledger", "backup", "restore", "rules", "difference"),
+    "Keep it going": (
+        "migrate",
+        "drain",
+        "rolling-restart",
+        "dead",
+        "ledger",
+        "backup",
+        "restore",
+        "rules",
+        "difference",
+    ),
     "Try and measure": ("demo", "chaos", "bench", "doctor"),
 }
 

@@ -41,6 +41,7 @@ STYLES = (
     ("instance", "magenta"),
     ("migrate", "cyan"),
     ("drain", "blue"),
+    ("contexts", "blue"),
     ("move", "cyan"),
     ("heir", "cyan"),
     ("handover", "cyan"),

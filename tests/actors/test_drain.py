@@ -13,12 +13,14 @@ from live_cell import CELL, LiveCell, live_cell
 from test_migration_live import ask, ledger, server_of
 from world import card
 
+from actors.children import Child
 from actors.placement import Placement
 from actors.replay import verify
 from bus.messages import (
     ContextsTold,
     ContextsWanted,
     DrainRequested,
+    DriverLost,
     HeldModel,
     InstanceReady,
     MoveWanted,
@@ -36,6 +38,8 @@ from bus.messages import (
     To,
     WantSlot,
     WorkerReady,
+    decode_fact,
+    decode_fact_body,
 )
 
 SECOND = 1_000_000_000
@@ -129,8 +133,7 @@ def test_what_is_urgent_and_then_what_saves_most_moves_first() -> None:
 
 def test_who_finds_no_slot_waits_for_one_and_is_not_asked_again() -> None:
     placement = two_running(slots=1)
-    placement.handle(PlaceRequest("other", 1, "m0", 5), 6)
-    said = placement.handle(DrainRequested("s0", 30_000), 7)
+    placement.handle(DrainRequested("s0", 30_000), 7)
     placement.handle(CONTEXTS, 8)
     said = placement.handle(WantSlot("long", 2, "m0", "gpu/s0/0"), 9)
     (start,) = [to for to in said if isinstance(to.message, StartInstance)]
@@ -175,3 +178,53 @@ async def test_a_server_leaves_while_answers_are_written(tmp_path: Path) -> None
         await cell.until(lambda found: found["servers"][source]["up"])
         replayed = verify(CELL, [record for record, _ in await ledger(cell)])
         assert replayed.difference is None
+
+
+async def keep(child: Child) -> None:
+    """As a supervisor does."""
+    while True:
+        await child.wait()
+        await child.start()
+
+
+async def test_every_server_of_a_busy_cell_is_restarted_and_no_request_fails(tmp_path: Path) -> None:
+    async with live_cell(tmp_path, nodes=2, workers=2, step_seconds=0.01) as cell:
+        keepers = [asyncio.ensure_future(keep(node)) for node in cell.nodes]
+        before = await cell.status()
+        found: list[tuple[list[int], str]] = []
+        over = asyncio.Event()
+
+        async def reader(number: int) -> None:
+            rounds = 0
+            while not over.is_set():
+                rounds += 1
+                found.append(await ask(cell, f"key-{number}-{rounds}", 100, asyncio.Event()))
+
+        readers = [asyncio.ensure_future(reader(number)) for number in range(6)]
+        await cell.until(lambda status: status["requests"].get("running", 0) == 6)
+        process = await asyncio.create_subprocess_exec(
+            *[sys.executable, "-m", "bus.main", "rolling-restart", "--nats", cell.server.url, "--cell", CELL, "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        out, error = await process.communicate()
+        assert process.returncode == 0, error
+        over.set()
+        await asyncio.gather(*readers)
+        for keeper in keepers:
+            keeper.cancel()
+        told = json.loads(out)["servers"]
+        assert [one["server"] for one in told] == ["n0", "n1"]
+        assert sum(one["moved"] for one in told) >= 6 and not any(one["left"] for one in told)
+        now = await cell.status()
+        assert all(now["servers"][name]["epoch"] > before["servers"][name]["epoch"] for name in ("n0", "n1"))
+        assert all(now["workers"][name]["epoch"] > one["epoch"] for name, one in before["workers"].items())
+        assert len(found) >= 12 and all(end == "length" and tokens == found[0][0] for tokens, end in found)
+        assert len(found[0][0]) == 100
+        assert set(now["requests"]) == {"finished"}
+        records = [record for record, _ in await ledger(cell)]
+        lost = [
+            decode_fact_body(decode_fact(one.payload).body) for one in records if one.subject.endswith("driver.lost")
+        ]
+        assert len(lost) == 6 and all(isinstance(one, DriverLost) and one.leaving for one in lost)
+        assert verify(CELL, records).difference is None

@@ -273,6 +273,15 @@ def test_a_statement_in_parts_is_complete_with_its_last_part() -> None:
     assert gpu.handle(SequencesSealed(NAME, 9, (), sequence=22), 6) == []
 
 
+def test_a_worker_that_leaves_is_no_death_of_what_it_held_from_rules_3_on() -> None:
+    for rules, left in ((2, False), (3, True)):
+        gpu = hold(hold(run(make())), "q")
+        gpu.rules = rules
+        gpu.handle(DriverLost(NAME, 3, "its process was told to end", leaving=True), 5)
+        said = gpu.handle(SequencesSealed(NAME, 3, (sealed("r", (7,)),), sequence=20), 6)
+        assert [to.message.left for to in said] == [left, left]  # type: ignore[attr-defined]
+
+
 def test_two_epochs_are_sealed_each_for_itself() -> None:
     gpu = hold(run(make()))
     gpu.handle(WorkerStarted("s", 0, 100, 4, sequence=8), 5)

@@ -192,6 +192,17 @@ def test_the_limit_of_deaths_is_configuration() -> None:
     assert ends(requests.handle(SequenceEnded(R, 1, ""), 30)).outcome == "quarantined"
 
 
+def test_a_worker_that_is_told_to_end_is_no_death_of_its_requests() -> None:
+    requests = running()
+    requests.handle(RequestsConfigured(deaths_limit=1, dead_letters=True), 20)
+    for attempt in range(1, 4):
+        assert not [
+            to for to in requests.handle(SequenceEnded(R, attempt, "", left=True), 30) if to.receiver == "reader"
+        ]
+        requests.handle(RequestPlaced(R, attempt + 1, W0), 40)
+    assert ends(requests.handle(SequenceEnded(R, 4, ""), 50)).outcome == "quarantined"
+
+
 def test_a_dead_letter_tells_what_happened_where_the_cell_wants_them() -> None:
     requests = running()
     requests.handle(RequestsConfigured(deaths_limit=2, dead_letters=True), 20)

@@ -44,9 +44,23 @@ async def test_what_gives_up_ends_the_cell_with_its_last_words(tmp_path: Path) -
     log = tmp_path / "zen.log"
     log.write_text("words of an earlier process\n")
     cell = CellProcesses(UpOptions(data=tmp_path))
-    cell.nodes.append(Child("zen", [], log, module="this"))
-    await cell.nodes[0].start()
+    cell.controls.append(Child("zen", [], log, module="this"))
+    await cell.controls[0].start()
     with pytest.raises(UserError, match="zen ended with code 0") as caught:
         await cell.watch(print)
     assert "do more of those!" in str(caught.value)
     assert "earlier" not in str(caught.value)
+
+
+async def test_a_node_that_leaves_is_started_again(tmp_path: Path) -> None:
+    cell = CellProcesses(UpOptions(data=tmp_path))
+    cell.nodes.append(Child("node-s1", [], tmp_path / "node.log", module="this"))
+    await cell.nodes[0].start()
+    told: list[str] = []
+    watching = asyncio.ensure_future(cell.watch(told.append))
+    try:
+        await until(lambda: len(told) >= 2)
+        assert set(told) == {"node-s1 was drained or told to end, and has left: starting it again"}
+    finally:
+        watching.cancel()
+        await cell.stop()
