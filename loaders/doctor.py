@@ -19,9 +19,11 @@ from loaders.direct import LargeFile
 from loaders.errors import CheckpointError
 from loaders.mapping import FileMapping
 from loaders.memory import HUGE_PAGE_BYTES, MemoryPool
+from loaders.shared_memory_tier import huge_pages_in
 
 _PROBE_BYTES = 16 << 20
 _THP = Path("/sys/kernel/mm/transparent_hugepage")
+_SHARED = Path("/dev/shm")
 
 
 class MemoryFinding(msgspec.Struct, frozen=True):
@@ -70,14 +72,17 @@ def _page_cache(directory: Path) -> MemoryFinding:
 
 
 def _shared_memory() -> MemoryFinding:
-    setting = _chosen(_THP / "shmem_enabled")
-    if setting in ("always", "within_size", "advise", "force"):
-        return MemoryFinding("shared memory", True, f"huge pages are granted (shmem_enabled is {setting})")
+    try:
+        huge = huge_pages_in(_SHARED)
+    except (OSError, CheckpointError) as error:
+        return MemoryFinding("shared memory", False, f"{_SHARED} cannot be used: {error}", "mount a tmpfs there")
+    if huge:
+        return MemoryFinding("shared memory", True, f"a file in {_SHARED} is mapped by huge pages")
     return MemoryFinding(
         "shared memory",
         False,
-        f"small pages only (shmem_enabled is {setting or 'not there'})",
-        "as root: echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled",
+        f"a file in {_SHARED} is mapped by small pages",
+        f"as root: mount -o remount,huge=advise {_SHARED}, or mount a tmpfs of its own so, and name it by --dram-tier",
     )
 
 

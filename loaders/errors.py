@@ -1,4 +1,4 @@
-"""The one error of this room."""
+"""The errors of this room."""
 
 
 class CheckpointError(Exception):
@@ -6,6 +6,10 @@ class CheckpointError(Exception):
 
     The text is one sentence for the person at the terminal: what is wrong, where (file, chunk, tensor), what to do.
     """
+
+
+class NoRoom(CheckpointError):
+    """Memory does not suffice now; nothing is wrong with the checkpoint."""
 
 
 def quote(name: str) -> str:

@@ -29,6 +29,11 @@ _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _libc.syscall.argtypes = [ctypes.c_long, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
 _SYS_CACHESTAT = 451
 """The same number on every architecture; Linux 6.5 and later."""
+_MLOCK_ONFAULT = 1
+
+
+class LockRefused(Exception):
+    """The system lets this process lock no so much memory; one half of a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,18 @@ class FileMapping:
             )
             raise CheckpointError(f"{self.path}: bytes {begin} to {end} cannot be read: {reason}")
 
+    def lock(self) -> None:
+        """What is in memory, and what comes, stays there as long as this mapping exists. Raises LockRefused."""
+        if not hasattr(_libc, "mlock2"):
+            raise LockRefused("this C library cannot")
+        if _libc.mlock2(ctypes.c_void_p(self.address), ctypes.c_size_t(self.bytes), _MLOCK_ONFAULT) != 0:
+            number = ctypes.get_errno()
+            if number in (errno.ENOMEM, errno.EPERM, errno.EAGAIN):
+                raise LockRefused("RLIMIT_MEMLOCK is too low (`ulimit -l unlimited`, LimitMEMLOCK=infinity)")
+            raise LockRefused(os.strerror(number))
+        # Only what this mapping has mapped is locked.
+        self.populate(0, self.bytes)
+
     def resident_bytes(self) -> int:
         """How many bytes of the file lie in memory now, in whole pages, whoever brought them there."""
         pages = -(-self.bytes // PAGE_BYTES)
@@ -134,6 +151,21 @@ def cached_bytes(path: Path) -> int:
     finally:
         os.close(descriptor)
     return FileMapping(path).resident_bytes()
+
+
+def is_tmpfs(directory: Path) -> bool:
+    """Whether the file system of this directory is memory."""
+    device = directory.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    for line in lines:
+        mount, _, kind = line.partition(" - ")
+        if mount.split()[2] == wanted:
+            return kind.split()[0] == "tmpfs"
+    return False
 
 
 def drop_from_memory(path: Path) -> None:

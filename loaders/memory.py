@@ -17,7 +17,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from loaders.errors import CheckpointError
+from loaders.errors import CheckpointError, NoRoom
 
 HUGE_PAGE_BYTES = 2 << 20
 _MADV_HUGEPAGE = 14
@@ -32,6 +32,26 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 def round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
+
+
+def want_huge_pages(address: int, count: int) -> bool:
+    """Asks for huge pages in what is faulted in from now on; whether the kernel heard it."""
+    return bool(_libc.madvise(address, count, _MADV_HUGEPAGE) == 0)
+
+
+def populate_pages(address: int, count: int) -> None:
+    """Writable pages [address, address + count) are there when this returns. Raises CheckpointError where they cannot.
+
+    `address` is moved down to the page that it lies in. Other threads run meanwhile.
+    """
+    begin = address - address % mmap.PAGESIZE
+    while _libc.madvise(begin, address + count - begin, _MADV_POPULATE_WRITE) != 0:
+        number = ctypes.get_errno()
+        if number == errno.EINTR:
+            continue
+        if number == errno.EINVAL:  # Linux before 5.14: they come when they are touched.
+            return
+        raise NoRoom(f"the system gives no {count / 1e6:.0f} MB of shared memory more; lower --dram, or give it more")
 
 
 class Block:

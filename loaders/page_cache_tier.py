@@ -1,0 +1,154 @@
+"""The page cache as DRAM tier: the packed file itself, in memory.
+
+The store keeps a mapping of what it brought, locked where the system allows that. A note per model says which file was
+checked, at which boot. A store that starts again checks what is noted and still resident once more, from memory, which
+takes a tenth of a second per gigabyte; what merely happens to be cached was checked by nobody and does not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import msgspec
+
+from loaders.errors import CheckpointError
+from loaders.manifest import read_manifest
+from loaders.mapping import FileMapping, LockRefused, cached_bytes
+from loaders.packed import WEIGHTS_NAME
+from loaders.room import memory_room
+from loaders.verification import populate_checkpoint, release_checkpoint
+
+
+class _Note(msgspec.Struct, frozen=True):
+    """Which file was checked, and when the machine was started then."""
+
+    digest: str
+    boot: str
+    inode: int
+    changed_ns: int
+    bytes: int
+
+
+class _Held(msgspec.Struct):
+    note: _Note
+    mapping: FileMapping
+
+
+class PageCacheTier:
+    """Obeys `loaders.dram_tier.DramTier`. `state`: a directory of its own for the notes, made when needed."""
+
+    weights_root: Path | None = None
+
+    def __init__(self, state: Path) -> None:
+        self._state = state
+        self._lock = threading.Lock()
+        self._held: dict[Path, _Held] = {}
+        self._refused = ""
+
+    @property
+    def description(self) -> str:
+        locked = f"not locked: {self._refused}" if self._refused else "locked in memory"
+        return f"the page cache of the packed files, {locked}"
+
+    def bring(self, directory: Path, *, before: Callable[[], None] | None = None) -> int:
+        if before is not None:
+            before()
+        digest = read_manifest(directory).digest
+        report = populate_checkpoint(directory, verify=True)
+        self._keep(directory, digest)
+        return report.bytes
+
+    def adopt(self, directory: Path) -> bool:
+        manifest = read_manifest(directory)
+        if cached_bytes(directory / WEIGHTS_NAME) < manifest.bytes:
+            return False
+        self._keep(directory, manifest.digest)
+        return True
+
+    def holds(self, directory: Path) -> bool:
+        manifest = read_manifest(directory)
+        if cached_bytes(directory / WEIGHTS_NAME) < manifest.bytes:
+            return False
+        with self._lock:
+            held = self._held.get(directory)
+        note = _describe(directory, manifest.digest)
+        if held is not None and held.note == note:
+            return True
+        if held is not None or self._noted(directory) != note:
+            return False
+        self.bring(directory)
+        return True
+
+    def release(self, directory: Path) -> int:
+        with self._lock:
+            # With the last reference the mapping goes, and its lock.
+            self._held.pop(directory, None)
+        self._note_path(directory).unlink(missing_ok=True)
+        return release_checkpoint(directory)
+
+    def forget_others(self, directories: Iterable[Path]) -> None:
+        wanted = {self._note_path(directory) for directory in directories}
+        for path in self._state.glob("*.json"):
+            if path not in wanted:
+                path.unlink(missing_ok=True)
+
+    def look_after(self) -> list[str]:
+        with self._lock:
+            held = dict(self._held)
+        said = []
+        for directory, one in held.items():
+            missing = one.mapping.bytes - one.mapping.resident_bytes()
+            if missing <= 0:
+                continue
+            lost = f"{directory.name}: {missing / 1e6:.0f} MB had been pushed out of memory"
+            try:
+                if _describe(directory, read_manifest(directory).digest) != one.note:
+                    continue
+                populate_checkpoint(directory, verify=True)
+                said.append(f"{lost} and are there again")
+            except (CheckpointError, OSError) as error:
+                with self._lock:
+                    self._held.pop(directory, None)
+                self._note_path(directory).unlink(missing_ok=True)
+                said.append(f"{lost} and cannot be brought back: {error}")
+        return said
+
+    def _keep(self, directory: Path, digest: str) -> None:
+        mapping = FileMapping(directory / WEIGHTS_NAME)
+        room = memory_room()
+        if room is not None and room.bytes < mapping.bytes:
+            # It may be pushed out then, which is better than that others are.
+            self._refused = f"only {room.free / 1e9:.1f} GB of memory are left"
+        else:
+            try:
+                mapping.lock()
+                self._refused = ""
+            except LockRefused as refused:
+                self._refused = str(refused)
+        note = _describe(directory, digest)
+        with self._lock:
+            self._held[directory] = _Held(note, mapping)
+        with contextlib.suppress(OSError):  # without a note the next store reads it once more, that is all
+            self._state.mkdir(parents=True, exist_ok=True)
+            self._note_path(directory).write_bytes(msgspec.json.encode(note))
+
+    def _note_path(self, directory: Path) -> Path:
+        return self._state / f"{directory.name}.json"
+
+    def _noted(self, directory: Path) -> _Note | None:
+        try:
+            return msgspec.json.decode(self._note_path(directory).read_bytes(), type=_Note)
+        except (OSError, msgspec.DecodeError):
+            return None
+
+
+def _describe(directory: Path, digest: str) -> _Note:
+    found = (directory / WEIGHTS_NAME).stat()
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""
+    return _Note(digest, boot, found.st_ino, found.st_mtime_ns, found.st_size)

@@ -1,0 +1,260 @@
+"""Shared memory as DRAM tier: a copy of each packed model in a tmpfs, filled by direct reads, each chunk checked.
+
+    SSD ──direct reads, 4 threads──▶ <root>/.<key>.<number>.loading ──rename──▶ <root>/<key>
+
+A directory with its final name is a whole packed directory whose every byte was checked: only a load that ended well
+renames, and a tmpfs ends with the machine, so there is nothing that a store which starts again has to doubt. It removes
+what has no final name. Eviction unlinks: the pages go at once, or with the last process that has them mapped.
+
+Huge pages come from the mount option `huge=` of the tmpfs (for `advise` the mapping asks for them);
+`/sys/kernel/mm/transparent_hugepage/shmem_enabled` is about memory without a name only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import itertools
+import mmap
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from loaders.direct import LargeFile, best_way
+from loaders.errors import CheckpointError, NoRoom
+from loaders.manifest import MANIFEST_NAME, Manifest, read_manifest
+from loaders.mapping import FileMapping, LockRefused, drop_from_memory, is_tmpfs
+from loaders.memory import populate_pages, round_up, want_huge_pages
+from loaders.packed import WEIGHTS_NAME, checksum_of
+from loaders.plan import DIRECT_BYTES, LoadPlan, Piece, plan_load
+from loaders.room import has_swap, room_in
+from loaders.verification import attach
+
+READ_THREADS = 4
+ROOM_SECONDS = 5.0
+"""So long is waited for the pages of a process that is just ending."""
+
+
+def default_root(state: Path) -> Path:
+    """Below /dev/shm, the same at every start of the server whose notes are in `state`, and no other's."""
+    name = hashlib.sha256(os.fsencode(state.absolute())).hexdigest()[:12]
+    return Path("/dev/shm") / f"longshore-{os.getuid()}-{name}"
+
+
+def key_of(manifest: Manifest) -> str:
+    """The name of a model's directory: of its weights, and of all the files beside them."""
+    return f"{manifest.digest}-{manifest.checksum}"
+
+
+def weights_directory(root: Path, directory: Path) -> Path:
+    """Where a worker opens the model packed in `directory`: its copy below `root`, if there is one."""
+    copy = root / key_of(read_manifest(directory))
+    return copy if copy.is_dir() else directory
+
+
+class SharedMemoryTier:
+    """Obeys `loaders.dram_tier.DramTier`. `root` belongs to one server; it is made when this is.
+
+    Raises CheckpointError where `root` does not lie in a tmpfs.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._lock = threading.Lock()
+        self._filling = threading.Lock()
+        self._numbers = itertools.count()
+        self._held: dict[Path, tuple[str, FileMapping]] = {}
+        self._refused = ""
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not is_tmpfs(root):
+                raise CheckpointError(
+                    f"{root} is on a disk; shared memory needs a tmpfs (mount -t tmpfs -o huge=advise)"
+                )
+            for leftover in root.glob(".*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            self._huge = huge_pages_in(root)
+        except OSError as error:
+            raise CheckpointError(f"{root} cannot be used as shared memory: {error.strerror or error}") from error
+
+    @staticmethod
+    def remove(root: Path) -> None:
+        """Give back everything that a store left in memory below `root`."""
+        shutil.rmtree(root, ignore_errors=True)
+
+    @property
+    def weights_root(self) -> Path | None:
+        return self._root
+
+    @property
+    def description(self) -> str:
+        pages = "huge pages" if self._huge else "4 KiB pages (mount a tmpfs with huge=advise for huge ones)"
+        locked = f"not locked: {self._refused}" if self._refused else "nothing can push it out"
+        return f"shared memory below {self._root}, {pages}, {locked}"
+
+    def bring(self, directory: Path, *, before: Callable[[], None] | None = None) -> int:
+        manifest = read_manifest(directory)
+        key = key_of(manifest)
+        with self._filling:  # so that the room that was found is not given away twice
+            if not (self._root / key).is_dir():
+                self._fill(directory, manifest, before)
+        self._keep(directory, key)
+        return manifest.bytes
+
+    def adopt(self, directory: Path) -> bool:
+        return self.holds(directory)
+
+    def holds(self, directory: Path) -> bool:
+        key = key_of(read_manifest(directory))
+        if not (self._root / key).is_dir():
+            return False
+        with self._lock:
+            held = self._held.get(directory)
+        if held is None or held[0] != key:
+            self._keep(directory, key)
+        return True
+
+    def release(self, directory: Path) -> int:
+        """0 also where a process that is ending has the pages mapped still: they go with it."""
+        with self._lock:
+            held = self._held.pop(directory, None)
+            key = held[0] if held is not None else key_of(read_manifest(directory))
+            shared = any(other == key for other, _ in self._held.values())
+        del held
+        if not shared:
+            # First it has no final name any more, so that no crash in between leaves half of it under that.
+            doomed = self._root / f".{key}.{next(self._numbers)}.doomed"
+            try:
+                (self._root / key).rename(doomed)
+            except FileNotFoundError:
+                return 0
+            shutil.rmtree(doomed)
+        return 0
+
+    def forget_others(self, directories: Iterable[Path]) -> None:
+        wanted = {key_of(read_manifest(directory)) for directory in directories}
+        with self._filling:
+            for path in list(self._root.iterdir()):
+                if path.name not in wanted and not path.name.startswith("."):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def look_after(self) -> list[str]:
+        """Nothing but an eviction takes pages from a tmpfs for good."""
+        return []
+
+    # ---- filling ----------------------------------------------------------------------------------------------
+
+    def _fill(self, directory: Path, manifest: Manifest, before: Callable[[], None] | None) -> None:
+        plan = plan_load(directory, verify=True)
+        self._wait_for_room(directory, plan.memory_bytes + sum(file.bytes for file in manifest.files.values()))
+        temporary = self._root / f".{key_of(manifest)}.{next(self._numbers)}.loading"
+        temporary.mkdir()
+        try:
+            self._copy_weights(plan, manifest, temporary / WEIGHTS_NAME, before)
+            for name in (*manifest.files, MANIFEST_NAME):
+                (temporary / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(directory / name, temporary / name)
+            # The copy is what workers open: that it is whole is checked on the copy.
+            attach(temporary, check_files=True)
+            temporary.rename(self._root / key_of(manifest))
+        except OSError as error:
+            raise CheckpointError(f"{directory} cannot be brought to {self._root}: {error.strerror}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _wait_for_room(self, directory: Path, needed: int) -> None:
+        until = time.monotonic() + ROOM_SECONDS
+        while (room := room_in(self._root)).bytes < needed:
+            if time.monotonic() > until:
+                raise NoRoom(
+                    f"{directory.name} needs {needed / 1e9:.2f} GB of shared memory, and {room.limit} leaves "
+                    f"{max(0, room.bytes) / 1e9:.2f} GB: lower --dram, or give it more"
+                )
+            time.sleep(0.05)
+
+    def _copy_weights(self, plan: LoadPlan, manifest: Manifest, path: Path, before: Callable[[], None] | None) -> None:
+        source = LargeFile(plan.files[0], best_way(plan.files[0]))
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            # Direct reads end at whole blocks; what is too much is cut off afterwards.
+            os.ftruncate(descriptor, round_up(manifest.bytes, DIRECT_BYTES))
+            target = mmap.mmap(descriptor, 0)
+        finally:
+            os.close(descriptor)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(target))
+        want_huge_pages(address, len(target))
+        head = manifest.bytes - sum(piece.count for piece in plan.pieces)
+        memory = memoryview(target)
+        work = functools.partial(self._copy, plan, source, memory, address, before)
+        try:
+            populate_pages(address, head)
+            source.read(memory, 0, head)
+            with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="to-shared-memory") as threads:
+                list(threads.map(work, range(len(plan.pieces))))
+        finally:
+            source.close()
+        os.truncate(path, manifest.bytes)
+        if source.way == "buffered":
+            # Read from the page cache: two copies in memory would be one too many.
+            drop_from_memory(source.path)
+
+    def _copy(
+        self,
+        plan: LoadPlan,
+        source: LargeFile,
+        memory: memoryview,
+        address: int,
+        before: Callable[[], None] | None,
+        index: int,
+    ) -> None:
+        if before is not None:
+            before()
+        piece: Piece = plan.pieces[index]
+        begin, end = piece.offset, piece.offset + piece.count
+        # A tmpfs without room ends who touches it by SIGBUS; asked for beforehand, it is an error.
+        populate_pages(address + begin, end - begin)
+        room = -(-piece.count // DIRECT_BYTES) * DIRECT_BYTES
+        source.read(memory[begin : begin + room], begin, piece.count)
+        if checksum_of(memory[begin:end]) != piece.checksum:
+            raise CheckpointError(
+                f"{source.path}: {plan.describe(index)} is damaged (its checksum differs); pack or copy the checkpoint "
+                "again"
+            )
+
+    def _keep(self, directory: Path, key: str) -> None:
+        mapping = FileMapping(self._root / key / WEIGHTS_NAME)
+        mapping.want_huge_pages()
+        if has_swap():
+            try:
+                mapping.lock()
+                self._refused = ""
+            except LockRefused as refused:
+                self._refused = str(refused)
+        with self._lock:
+            self._held[directory] = (key, mapping)
+
+
+def huge_pages_in(directory: Path) -> bool:
+    """Whether a file in this tmpfs gets huge pages; found by trying one."""
+    size = 4 << 20
+    path = directory / f".probe-{os.getpid()}"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.ftruncate(descriptor, size)
+        target = mmap.mmap(descriptor, size)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(target))
+        want_huge_pages(address, size)
+        populate_pages(address, size)
+        mapping = FileMapping(path)
+        mapping.want_huge_pages()
+        mapping.populate(0, size)
+        kind = mapping.page_kind()
+        return kind is not None and kind.huge_share > 0.5
+    finally:
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
