@@ -24,7 +24,7 @@ from actors.worker_following import Followers
 from actors.worker_preparing import Preparing
 from actors.worker_prompts import NotKept, Prompts
 from actors.worker_runtime import AttachRefused, PromptRefused, StepResult, WorkerRuntime
-from actors.worker_sequences import Batch, HeldSequence, ReplyReader, split_pages
+from actors.worker_sequences import Batch, HeldSequence, ReplyReader, Stop, split_pages
 from actors.worker_showing import Showing
 from bus.contract import Bus
 from bus.messages import (
@@ -214,11 +214,14 @@ class _Work:
         self._tasks.spawn(self._prepare(sequence), "prepares")
 
     def _cancel(self, number: int, message: CancelSequence) -> None:
-        sequence = self._held.get(f"{message.request}/{message.attempt}")
+        key = f"{message.request}/{message.attempt}"
+        reason: Stop = "deadline" if message.reason == "deadline" else "cancelled"
+        sequence = self._held.get(key)
+        found = sequence is not None or self._followers.cancel(key, reason)
         if sequence is not None and not sequence.stopping:
-            sequence.stopping = "deadline" if message.reason == "deadline" else "cancelled"
+            sequence.stopping = reason
             self._compute_wanted.set()
-        self._epoch.state(CancelTaken(message.request, message.attempt, sequence is not None), answers=number)
+        self._epoch.state(CancelTaken(message.request, message.attempt, found), answers=number)
 
     def _hand_over(self, number: int, message: HandOverSequence) -> None:
         sequence = self._held.get(f"{message.request}/{message.attempt}")

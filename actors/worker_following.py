@@ -22,7 +22,7 @@ from actors.driver import Epoch
 from actors.worker_preparing import Preparing
 from actors.worker_prompts import NotKept
 from actors.worker_runtime import AttachRefused, PromptRefused, WorkerRuntime
-from actors.worker_sequences import HeldSequence, ReplyReader, tokens_digest
+from actors.worker_sequences import HeldSequence, ReplyReader, Stop, tokens_digest
 from bus.contract import BusError, Log
 from bus.logprobs import TokenLogprobs
 from bus.messages import (
@@ -70,6 +70,7 @@ class FollowedSequence:
     goal: int = 0
     began: float = 0.0
     resume: tuple[int, ResumeSequence] | None = None
+    stopping: Stop = ""
 
     @property
     def key(self) -> str:
@@ -102,6 +103,7 @@ class FollowedSequence:
         sequence.start, sequence.running = self.start, True
         sequence.tokens, sequence.texts, sequence.logprobs = self.tokens, self.texts, self.logprobs
         sequence.durable = len(self.tokens)
+        sequence.stopping = self.stopping
         sequence.digest = tokens_digest(self.tokens)
         return sequence
 
@@ -152,6 +154,14 @@ class Followers:
             return
         followed.resume = number, message
         self._wanted()
+
+    def cancel(self, key: str, reason: Stop) -> bool:
+        """Whether it is to go on here and has not yet: then it ends as soon as it does."""
+        followed = self._followed.get(key)
+        if followed is None or followed.resume is None:
+            return False
+        followed.stopping = reason
+        return True
 
     def drop(self, number: int, message: DropSequence) -> None:
         followed = self._followed.get(f"{message.request}/{message.attempt}")

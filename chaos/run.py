@@ -73,10 +73,13 @@ def run_seed(seed: int, say: Say | None = None) -> Verdict:
     return run_world(draw(seed), say)
 
 
-def run_world(options: Options, say: Say | None = None) -> Verdict:
+def run_world(
+    options: Options, say: Say | None = None, *, make: Callable[[Options, Say | None], World] = World
+) -> Verdict:
+    """Run a world; `make` may make one of its own kind."""
     started = time.perf_counter()
     loop = new_loop(limit_seconds=LIMIT_SECONDS)
-    world = loop.run_until_complete(_make(options, say))
+    world = loop.run_until_complete(_make(options, say, make))
     with _listening(world, say):
         try:
             loop.run_until_complete(world.run())
@@ -103,8 +106,8 @@ def run_world(options: Options, say: Say | None = None) -> Verdict:
     )
 
 
-async def _make(options: Options, say: Say | None) -> World:
-    return World(options, say)
+async def _make(options: Options, say: Say | None, make: Callable[[Options, Say | None], World]) -> World:
+    return make(options, say)
 
 
 @contextmanager
