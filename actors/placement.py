@@ -68,7 +68,9 @@ class Placement(PlacementDrain):
         if message.model not in self.state.queues:
             worker = self._free_instance(model)
             if worker is not None:
-                waiting = Waiting(message.attempt, message.accepted, now, message.priority, message.deadline)
+                waiting = Waiting(
+                    message.attempt, message.accepted, now, message.priority, message.deadline, message.tokens
+                )
                 return [self._place(model, message.request, waiting, worker, now)]
         if message.attempt == 1 and self.state.waiting >= self.state.configuration.queue_limit:
             return [self._queue_full(message, model)]
@@ -84,6 +86,7 @@ class Placement(PlacementDrain):
         placed = self.state.placed.get(message.request)
         if placed is not None and placed.attempt == message.attempt:
             del self.state.placed[message.request]
+            self._note_released(message, placed, now)
             model = self.state.models.get(placed.model)
             if model is not None:
                 model.service_ns = learned(model.service_ns, now - placed.since)

@@ -43,6 +43,8 @@ class PlacementBooks(Actor):
         said = self._refuse_waiting(name, "unknown_model", reason or f"no server holds {name} any more")
         del self.state.models[name]
         self.state.removing.pop(name, None)
+        self.state.exchange.resume.pop(name, None)
+        self.state.exchange.token_ns.pop(name, None)
         return said
 
     def _note_loading(self, server_name: str, server: Server, model: KnownModel) -> None:
@@ -70,7 +72,9 @@ class PlacementBooks(Actor):
 
     def _enqueue(self, message: PlaceRequest, now: int) -> None:
         queue = self.state.queues.setdefault(message.model, {})
-        queue[message.request] = Waiting(message.attempt, message.accepted, now, message.priority, message.deadline)
+        queue[message.request] = Waiting(
+            message.attempt, message.accepted, now, message.priority, message.deadline, message.tokens
+        )
         self.state.waiting += 1
         if len(queue) > 1 and message.attempt > 1:
             ordered = sorted(queue.items(), key=lambda item: item[1].accepted)
@@ -80,6 +84,7 @@ class PlacementBooks(Actor):
     def _dequeue(self, model: str, request: str) -> None:
         queue = self.state.queues[model]
         del queue[request]
+        self.state.exchange.tried.pop(request, None)
         self.state.waiting -= 1
         if not queue:
             del self.state.queues[model]

@@ -7,7 +7,7 @@ be, the wish is denied; but who is to leave a server that is drained waits for t
 
 from __future__ import annotations
 
-from actors.placement_pump import PlacementPump
+from actors.placement_exchanges import PlacementExchanges
 from actors.placement_start import best_options
 from actors.placement_state import KnownModel, Placed, SlotWish
 from bus.messages import SlotDenied, SlotKept, SlotReleased, SlotTaken, To, WantSlot
@@ -16,7 +16,7 @@ STARTS_LIMIT = 2
 """How often a model is started for one wish: a move is no reason to go on failing."""
 
 
-class PlacementMoves(PlacementPump):
+class PlacementMoves(PlacementExchanges):
     """Keeps slots for moves."""
 
     def on_WantSlot(self, message: WantSlot, now: int) -> list[To]:
@@ -30,6 +30,7 @@ class PlacementMoves(PlacementPump):
             return []
         del self.state.kept[message.request]
         self.state.placed[message.request] = kept
+        self._note_taken(message, kept, now)
         return []
 
     def _give_back(self, message: SlotReleased, now: int) -> list[To] | None:
@@ -37,11 +38,15 @@ class PlacementMoves(PlacementPump):
         wish = self.state.wishes.get(message.request)
         if wish is not None and wish.attempt == message.attempt:
             del self.state.wishes[message.request]
+            self._got_away(message.request)
+            self._forget_sequence(message.request)
             return []
         kept = self.state.kept.get(message.request)
         if kept is None or kept.attempt != message.attempt:
             return None
         del self.state.kept[message.request]
+        self._got_away(message.request)
+        self._forget_sequence(message.request)
         model, instance = self.state.models.get(kept.model), self._instance(kept.worker, kept.model)
         if model is None or instance is None:
             return []
@@ -121,4 +126,5 @@ class PlacementMoves(PlacementPump):
 
     def _deny(self, request: str, wish: SlotWish, reason: str) -> To:
         del self.state.wishes[request]
+        self._got_away(request)
         return To("migration", SlotDenied(request, wish.attempt, reason))

@@ -60,6 +60,19 @@ class PlacementPump(PlacementBooks):
         """Slots for those who move come first; see `actors.placement_moves`."""
         raise NotImplementedError
 
+    def _exchange(self, name: str, model: KnownModel, options: list[Option], now: int) -> list[To] | None:
+        """Whether what runs somewhere moves away for this model; see `actors.placement_exchanges`."""
+        raise NotImplementedError
+
+    def _note_placed(self, request: str, tokens: int) -> None:
+        raise NotImplementedError
+
+    def _forget_sequence(self, request: str) -> None:
+        raise NotImplementedError
+
+    def _got_away(self, request: str) -> None:
+        raise NotImplementedError
+
     def _pump(self, now: int) -> list[To]:
         said = self._serve_wishes(now) if self.state.wishes else []
         for name in sorted(self.state.queues, key=self.state.head):
@@ -94,6 +107,7 @@ class PlacementPump(PlacementBooks):
         instance.used_at = now
         self._index(worker, model, instance)
         self.state.placed[request] = Placed(worker, name, waiting.attempt, now, waiting.priority, waiting.deadline)
+        self._note_placed(request, waiting.tokens)
         tier = instance.tier if waiting.since < instance.ready_at else "running"
         return To("requests", RequestPlaced(request, waiting.attempt, worker, tier, now - waiting.since))
 
@@ -117,6 +131,10 @@ class PlacementPump(PlacementBooks):
             if running and model.failures >= FAILURES_LIMIT:
                 return said
             options, enough = best_options(self.state, model, unmet=unmet, running=running, rules=self.rules)
+            if self.rules >= 3 and not running:
+                exchanged = self._exchange(name, model, options, now)
+                if exchanged is not None:
+                    return [*said, *exchanged]
             if not options:
                 model.enough = starting + enough
                 return said if running else [*said, *self._make_room(name, model)]
@@ -180,6 +198,11 @@ class PlacementPump(PlacementBooks):
                 instance.status = "draining"
                 self._index(worker, self.state.models[victim], instance)
                 said.append(To("record", InstanceDraining(worker, victim, name)))
+        return said + self._stop_idle(name)
+
+    def _stop_idle(self, name: str) -> list[To]:
+        """What is drained for this model and idle stops."""
+        room, said = self.state.room[name], []
         for worker, victim in list(room.victims):
             if not self.state.workers[worker].instances[victim].active:
                 room.victims.remove((worker, victim))
@@ -219,14 +242,19 @@ class PlacementPump(PlacementBooks):
     def _undrain(self, name: str, now: int) -> list[To]:
         """Room for this model is no longer wanted: what is still drained for it takes sequences again."""
         room = self.state.room.pop(name, None)
+        self.state.exchange.rooms.pop(name, None)
         said: list[To] = []
         for worker, victim in room.victims if room is not None else ():
-            instance = self.state.workers[worker].instances[victim]
-            if instance.status == "draining":
-                instance.status = "running"
-                self._index(worker, self.state.models[victim], instance)
-                said += self._dispatch(victim, now) if victim in self.state.queues else []
+            said += self._undrain_one(worker, victim, now)
         return said
+
+    def _undrain_one(self, worker: str, victim: str, now: int) -> list[To]:
+        instance = self.state.workers[worker].instances[victim]
+        if instance.status != "draining":
+            return []
+        instance.status = "running"
+        self._index(worker, self.state.models[victim], instance)
+        return self._dispatch(victim, now) if victim in self.state.queues else []
 
     def _leave_room(self, worker: str, name: str) -> None:
         """Whoever had this instance drained need not wait for it any longer."""
@@ -265,6 +293,8 @@ class PlacementPump(PlacementBooks):
                 for slots in (self.state.placed, self.state.kept):
                     if request in slots and slots[request].worker == name:
                         del slots[request]
+                self._got_away(request)
+                self._forget_sequence(request)
             self._remove_instance(name, worker, model_name)
             said += self._settle(model_name)
         del self.state.workers[name]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from actors.placement_state import LARGEST, SECOND, KnownModel, PlacementState, RunningInstance, Server, Worker, kv_plan
-from bus.messages import Candidate, ModelCard, escape_model
+from bus.messages import Candidate, ModelCard, Tier, escape_model
 
 PEERS_ASKED = 4
 DETACH_NS = 20_000_000
@@ -107,12 +107,8 @@ def _weigh(
 ) -> Option | None:
     card = model.card
     server = state.servers.get(worker.server)
-    tier = model.servers.get(worker.server, "remote")
-    if server is None or not server.up or card.model in worker.instances:
-        return None
-    if tier == "remote" and not model.source and all(name == worker.server for name, _ in peers):
-        return None
-    if worker.server in model.replaced or worker.server in state.draining:
+    tier = nearest_tier(state, model, worker.server, peers)
+    if server is None or tier is None or card.model in worker.instances:
         return None
     slots, kv_bytes = kv_plan(card, worker.memory_bytes, worker.max_slots)
     if not slots:
@@ -123,20 +119,39 @@ def _weigh(
     promised = [other for place, other in reserved.items() if state.workers[place].server == worker.server]
     if not _find_dram(server, card, worker, victims, promised):
         return None
-    queue_ns, load_ns = 0, 0
-    if tier != "dram":
-        ahead = dict.fromkeys((server.ssd_rate, server.remote_rate), 0)
-        for other, size in server.loading.items():
-            if other != card.model:
-                ahead[server.rate(other)] += size
-        queue_ns = min(LARGEST, sum(size * SECOND // rate for rate, size in ahead.items()))
-        rate = server.ssd_rate if tier == "ssd" else server.remote_rate
-        load_ns = min(LARGEST, server.loading.get(card.model, card.weight_bytes) * SECOND // rate)
+    queue_ns, load_ns = loading_times(server, card, tier)
     busy = _busy(state, worker) if rules >= 2 else 0
     free_ns = len(victims) * DETACH_NS
     candidate = Candidate(name, tier, queue_ns, load_ns, free_ns, model.attach_ns, tuple(victims), busy)
     idle_since = min((worker.instances[victim].used_at for victim in victims), default=0)
     return Option(candidate, slots, kv_bytes, idle_since, len(worker.instances) - len(victims))
+
+
+def nearest_tier(
+    state: PlacementState, model: KnownModel, server_name: str, peers: list[tuple[str, str]]
+) -> Tier | None:
+    """From where this server would bring the model to DRAM; None where it cannot, or takes nothing new."""
+    server = state.servers.get(server_name)
+    tier = model.servers.get(server_name, "remote")
+    if server is None or not server.up or server_name in model.replaced or server_name in state.draining:
+        return None
+    if tier == "remote" and not model.source and all(name == server_name for name, _ in peers):
+        return None
+    return tier
+
+
+def loading_times(server: Server, card: ModelCard, tier: Tier) -> tuple[int, int]:
+    """(q, n/b) in nanoseconds: what is queued on the server's loading path, and the model's own bytes."""
+    if tier == "dram":
+        return 0, 0
+    ahead = dict.fromkeys((server.ssd_rate, server.remote_rate), 0)
+    for other, size in server.loading.items():
+        if other != card.model:
+            ahead[server.rate(other)] += size
+    rate = server.ssd_rate if tier == "ssd" else server.remote_rate
+    queue_ns = sum(size * SECOND // rate for rate, size in ahead.items())
+    load_ns = server.loading.get(card.model, card.weight_bytes) * SECOND // rate
+    return min(LARGEST, queue_ns), min(LARGEST, load_ns)
 
 
 def peers_of(state: PlacementState, model: KnownModel) -> list[tuple[str, str]]:
@@ -175,7 +190,7 @@ def _victims(worker: Worker, need: int, kept: dict[str, bool], *, idle_only: boo
     victims: list[str] = []
     if free >= need:
         return victims
-    for name, instance in _least_used(worker):
+    for name, instance in least_used(worker):
         if free >= need:
             break
         if name not in kept and _can_go(instance, idle_only=idle_only):
@@ -184,7 +199,7 @@ def _victims(worker: Worker, need: int, kept: dict[str, bool], *, idle_only: boo
     return victims if free >= need else None
 
 
-def _least_used(worker: Worker) -> list[tuple[str, RunningInstance]]:
+def least_used(worker: Worker) -> list[tuple[str, RunningInstance]]:
     return sorted(worker.instances.items(), key=lambda item: (len(item[1].active), item[1].used_at))
 
 
@@ -199,15 +214,15 @@ def _find_dram(server: Server, card: ModelCard, worker: Worker, victims: list[st
 
     Adds further idle instances of this worker to `victims` where that is what it takes.
     """
-    short = _dram_short(server, card, promised)
+    short = dram_short(server, card, promised)
     if short <= 0:
         return True
     for victim in victims:
-        short -= _dram_freed(server, victim)
+        short -= dram_freed(server, victim)
     if short <= 0:
         return True
-    for name, instance in _least_used(worker):
-        if name not in victims and _can_go(instance, idle_only=True) and (freed := _dram_freed(server, name)):
+    for name, instance in least_used(worker):
+        if name not in victims and _can_go(instance, idle_only=True) and (freed := dram_freed(server, name)):
             victims.append(name)
             short -= freed
             if short <= 0:
@@ -215,7 +230,7 @@ def _find_dram(server: Server, card: ModelCard, worker: Worker, victims: list[st
     return False
 
 
-def _dram_short(server: Server, card: ModelCard, promised: list[ModelCard]) -> int:
+def dram_short(server: Server, card: ModelCard, promised: list[ModelCard]) -> int:
     """Bytes by which the DRAM budget is exceeded if the model comes to what stays there; 0 or less for none."""
     sizes = {name: lease.weight_bytes for name, lease in server.leased.items()}
     sizes.update(server.loading)
@@ -225,7 +240,7 @@ def _dram_short(server: Server, card: ModelCard, promised: list[ModelCard]) -> i
     return sum(sizes.values()) - server.dram_bytes
 
 
-def _dram_freed(server: Server, name: str) -> int:
+def dram_freed(server: Server, name: str) -> int:
     """Bytes of DRAM that come free when one worker lets the model go: none while another one holds it."""
     lease = server.leased.get(name)
     return lease.weight_bytes if lease is not None and lease.workers == 1 and name not in server.loading else 0
@@ -257,7 +272,7 @@ def choose_drain(state: PlacementState, model: KnownModel) -> tuple[str, list[tu
         if on_device is None:
             continue
         victims = [(name, victim) for victim in on_device]
-        short = _dram_short(server, card, []) - sum(_dram_freed(server, victim) for victim in on_device)
+        short = dram_short(server, card, []) - sum(dram_freed(server, victim) for victim in on_device)
         if short > 0 and not _drain_dram(state, worker.server, short, kept, victims):
             continue
         if not victims:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from actors.resume_times import ResumeTimes
 from bus.messages import ModelCard, PlacementConfigured, Tier
 
 SECOND = 1_000_000_000
@@ -135,6 +136,7 @@ class Waiting(msgspec.Struct, omit_defaults=True):
     since: int
     priority: int = 0
     deadline: int = 0
+    tokens: int = 0
 
 
 class Placed(msgspec.Struct, omit_defaults=True):
@@ -171,6 +173,36 @@ class Drain(msgspec.Struct, omit_defaults=True):
     tokens: dict[str, int] = {}
 
 
+class RunningSequence(msgspec.Struct):
+    """What placement knows of a sequence that has a slot. `tokens`: prompt and answer when it got it, estimated;
+    `moves`: how often placement has moved it, or tried to, the last time at `moved_at`."""
+
+    tokens: int
+    moves: int = 0
+    moved_at: int = 0
+
+
+class ExchangeUnderWay(msgspec.Struct):
+    """What runs on `worker` is going elsewhere, for `request`. `moving`: the sequences that have not got away yet;
+    `until`: when it is no longer waited for."""
+
+    worker: str
+    request: str
+    moving: dict[str, bool]
+    until: int
+
+
+class ExchangeState(msgspec.Struct):
+    """`rooms`: exchanges by the model that is to start; `tried`: how often for a waiting request, and when last;
+    `sequences` that have a slot, by request; `resume`: a and b by model; `token_ns`: mean time per token by model."""
+
+    rooms: dict[str, ExchangeUnderWay] = {}
+    tried: dict[str, tuple[int, int]] = {}
+    sequences: dict[str, RunningSequence] = {}
+    resume: dict[str, ResumeTimes] = {}
+    token_ns: dict[str, int] = {}
+
+
 class PlacementState(msgspec.Struct):
     """`queues`: waiting requests by model, each in order of acceptance; `room`: what is drained for a model;
     `placed`: slots in use, and `kept`: slots for those who run elsewhere still, by request; `wishes`: who wants such;
@@ -192,6 +224,7 @@ class PlacementState(msgspec.Struct):
     replacing: dict[str, bool] = {}
     waiting: int = 0
     refused: str = ""
+    exchange: ExchangeState = msgspec.field(default_factory=ExchangeState)
     configuration: PlacementConfigured = PlacementConfigured()
 
     def head(self, model: str) -> int:

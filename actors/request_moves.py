@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from actors.request_state import Request
-from bus.messages import DescribeMove, MoveEnded, To
+from bus.messages import DescribeMove, Generation, MoveEnded, To
+
+CHARACTERS_PER_TOKEN = 4
+"""Of prompts that nobody has tokenized yet."""
+PART_TOKENS = 100_000
+"""Of a part of a prompt that lies beside the ledger: so many at the most, about."""
 
 
 def is_meant(request: Request, message: DescribeMove) -> bool:
@@ -16,6 +21,16 @@ def is_meant(request: Request, message: DescribeMove) -> bool:
 def server_of(worker: str) -> str:
     """`s1` of `gpu/s1/0`."""
     return worker.split("/")[1] if worker.count("/") == 2 else ""
+
+
+def about_tokens(generation: Generation) -> int:
+    """About how many tokens a prompt has, as far as the fact tells."""
+    if generation.tokens is not None:
+        return len(generation.tokens)
+    if generation.parts is not None:
+        return generation.parts.count * PART_TOKENS
+    characters = len(generation.prompt or "") + sum(len(message.content) for message in generation.messages or ())
+    return characters // CHARACTERS_PER_TOKEN + 1
 
 
 def not_moved(name: str, request: Request | None) -> To:

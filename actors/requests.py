@@ -27,7 +27,7 @@ import msgspec
 
 from actors.actor import Actor
 from actors.dead_letters import dead_letter, note_death
-from actors.request_moves import is_meant, not_moved
+from actors.request_moves import about_tokens, is_meant, not_moved
 from actors.request_state import Family, Request, RequestsState, as_ended
 from bus.messages import (
     CancelRequested,
@@ -127,7 +127,7 @@ class Requests(Actor):
             small=message.generation if is_small(message.generation) else None,
             choice=choice,
         )
-        return self._wish(name, request)
+        return self._wish(name, request, about_tokens(message.generation))
 
     def on_ReaderAttached(self, message: ReaderAttached, now: int) -> list[To]:
         request = self.state.known(message.request)
@@ -199,7 +199,8 @@ class Requests(Actor):
         request.prompt_tokens = message.prompt_tokens or request.prompt_tokens
         said = self._advance(message.request, request, message.span)
         if message.reason:
-            released = To("placement", SlotReleased(message.request, message.attempt, request.model))
+            computed = self._computed(message.span)
+            released = To("placement", SlotReleased(message.request, message.attempt, request.model, computed))
             return [*self._end_as(message, request, now), released]
         if not message.left:
             request.deaths += 1
@@ -308,7 +309,8 @@ class Requests(Actor):
             return []
         request.prompt_tokens = message.prompt_tokens or request.prompt_tokens
         said = self._advance(message.request, request, message.span)
-        released = To("placement", SlotReleased(message.request, message.attempt, request.model))
+        computed = self._computed(message.span)
+        released = To("placement", SlotReleased(message.request, message.attempt, request.model, computed))
         if request.stopping:
             return [*said, *self._end(message.request, request, now, self._stopped(request)), released]
         return [released, *said, *self._again(message.request, request)]
@@ -351,7 +353,8 @@ class Requests(Actor):
             for reply in request.replies
         )
         go_on = GoOn(name, request.attempt, request.position, tuple(request.spans), replies)
-        taken = To("placement", SlotTaken(name, request.attempt))
+        known = request.prompt_tokens + request.position if self.rules >= 3 and request.prompt_tokens else 0
+        taken = To("placement", SlotTaken(name, request.attempt, known))
         return [To(request.worker, go_on), taken, To("migration", over)]
 
     @staticmethod
@@ -362,10 +365,14 @@ class Requests(Actor):
         request.moving, request.heir = False, ""
         return [To("migration", MoveOver(name, request.attempt, reason=reason))]
 
-    def _wish(self, name: str, request: Request) -> To:
+    def _computed(self, span: Span | None) -> int:
+        return span.next - span.first if span is not None and self.rules >= 3 else 0
+
+    def _wish(self, name: str, request: Request, prompt_tokens: int = 0) -> To:
         wish = PlaceRequest(name, request.attempt, request.model, request.accepted, request.priority, request.choice)
-        if self.rules >= 3 and request.deadline:
-            wish = msgspec.structs.replace(wish, deadline=request.deadline)
+        if self.rules >= 3:
+            tokens = (request.prompt_tokens or prompt_tokens) + request.position
+            wish = msgspec.structs.replace(wish, deadline=request.deadline, tokens=tokens)
         return To("placement", wish)
 
     def _stop_all(self, name: str, reason: Literal["cancelled", "deadline"], now: int) -> list[To]:

@@ -165,6 +165,19 @@ def _decided(m_: m.PlacementDecided) -> str:
     return text + (_evicts(best.evict) if best is not None else "") + ")"
 
 
+def _exchanged(m_: m.PlacementExchanged) -> str:
+    starts = {move.to: True for move in m_.moves if move.starts}
+    text = f"placement moves {plural(len(m_.moves), 'sequence')} of {names(list({p.model: True for p in m_.moves}))}"
+    text += f" from {m_.worker} to {names(list({move.to: True for move in m_.moves}))}"
+    text += f", where {'it starts' if len(starts) == 1 else 'they start'} for that" if starts else ""
+    text += f", so that {m_.model} runs on {m_.worker} in about {duration(m_.migrate_ns)}"
+    text += f" for request {short(m_.request)}"
+    others = [f"{duration(m_.drain_ns)} if what runs there ended by itself"] if m_.drain_ns else []
+    others += [f"{duration(m_.start_ns)} on the best free place"] if m_.start_ns else []
+    text += f", instead of {', '.join(others)}" if others else why(m_.reason)
+    return text + (f"; {names(m_.stops)} stops, too" if m_.stops else "")
+
+
 # ---- requests -----------------------------------------------------------------------------------------------
 
 _say(
@@ -399,9 +412,10 @@ _say(
 _say(m.LeaseGranted, lambda e, s, r: f"{e.model} lies in DRAM for {r}, from {_tier(e.tier)}")
 _say(m.LeaseRefused, lambda e, s, r: f"{e.model} does not get into DRAM for {r}{why(e.reason)}{_retry(e.retry)}")
 _say(m.PlacementDecided, lambda e, s, r: _decided(e))
+_say(m.PlacementExchanged, lambda e, s, r: _exchanged(e))
 _say(
     m.InstanceDraining,
-    lambda e, s, r: f"{e.model} takes nothing new on {e.worker}, to make room for request {short(e.wanted_by)}",
+    lambda e, s, r: f"{e.model} takes nothing new on {e.worker}, to make room for {e.wanted_by}",
 )
 
 # ---- drivers: their life --------------------------------------------------------------------------------------

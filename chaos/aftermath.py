@@ -316,6 +316,10 @@ def leftovers(cell: Cell) -> Iterator[str]:
             yield f"bytes count as queued on loading paths: {loading}"
         if state.kept or state.wishes:
             yield f"slots are kept for moves: {list(state.kept)}, and wished for: {list(state.wishes)}"
+        exchange = state.exchange
+        if exchange.rooms or exchange.sequences or exchange.tried:
+            left = list(exchange.rooms), list(exchange.sequences), list(exchange.tried)
+            yield f"exchanges are under way for {left[0]}, sequences known {left[1]}, requests noted {left[2]}"
         if state.room:
             yield f"workers are drained for nobody: {dict(state.room)}"
     migration = cell.actors.get("migration")

@@ -132,7 +132,14 @@ class SimulatedStorage(StubStorage):
 
     def __init__(self, options: Options, number: int, active: Callable[[], bool], over: Over) -> None:
         random = seeded("storage", options.seed, number)
-        cards = tuple(card for card in options.models if number == 0 or random.random() < 0.7)
+        if options.scattered:
+            cards = tuple(
+                card
+                for place, card in enumerate(options.models)
+                if place % options.servers == number or random.random() < 0.4
+            )
+        else:
+            cards = tuple(card for card in options.models if number == 0 or random.random() < 0.7)
         self._ever = {card.model: True for card in cards}
         super().__init__(cards, bytes_per_second=random.randint(100, 2000) * 1024)
         self._random = random

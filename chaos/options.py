@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from actors.rules import FIRST_RULES, KNOWN_RULES
 from bus.messages import ModelCard
 from chaos.faults import Odds, draw_odds
 
@@ -39,7 +40,8 @@ class Options:
     that ask for several answers. `upgrade`: all controls begin as old programs and are replaced, the rules switched
     (chaos.upgrades). `snapshot_facts`: facts between two snapshots; `snapshot_trouble`: the chance that the writer of
     a piece dies, and that the disk loses a part of it; `generations`: whether the ledger's beginning is dropped now
-    and then. `long_answers`: of 40 to 200 tokens.
+    and then. `long_answers`: of 40 to 200 tokens. `scattered`: no server holds all models.
+    `rules`: the version that is switched to as the world begins.
     """
 
     seed: int
@@ -72,6 +74,8 @@ class Options:
     snapshot_trouble: float = 0.0
     generations: bool = False
     long_answers: bool = False
+    scattered: bool = False
+    rules: int = FIRST_RULES
 
     def as_dict(self) -> dict[str, Any]:
         """For people and for JSON: the fault kinds that are on, with their odds."""
@@ -161,6 +165,30 @@ def moving(seed: int) -> Options:
         requests=20,
         removals=0,
         crash_at_record=Random(f"deaths {seed}").choice((0.003, 0.01, 0.02)),
+    )
+
+
+def crowded(seed: int) -> Options:
+    """A world of long answers in which more models are wanted than devices hold: what runs moves away for others."""
+    options = _roomy(draw(seed))
+    random = Random(f"crowded {seed}")
+    cards = tuple(msgspec.structs.replace(card, context=512, kv_bytes_per_token=32) for card in options.models)
+    most = max(card.weight_bytes + card.context * card.kv_bytes_per_token for card in cards)
+    return replace(
+        options,
+        models=cards,
+        servers=random.randint(3, 4),
+        workers=random.choice((1, 2)),
+        memory_bytes=int(most * random.choice((1.0, 1.1, 2.0))),
+        max_slots=random.randint(4, 8),
+        long_answers=True,
+        upgrade=options.upgrade and random.random() < 0.3,
+        requests=random.randint(6, 16),
+        moves=random.choice((0, 0, 20)),
+        scattered=True,
+        rules=KNOWN_RULES[-1],
+        crash_at_move=random.choice((0.0, 0.03)),
+        removals=random.choice((0, 0, 1)),
     )
 
 

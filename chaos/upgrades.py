@@ -28,7 +28,7 @@ class Upgrade:
     def __init__(
         self, random: Random, options: Options, bus: Bus, subjects: Subjects, note: Callable[[str], None]
     ) -> None:
-        self.done = not options.upgrade
+        self.done = not options.upgrade and options.rules == FIRST_RULES
         self._random = random
         self._options = options
         self._bus = bus
@@ -43,6 +43,10 @@ class Upgrade:
 
     async def run(self, controls: list[Process]) -> None:
         if self.done:
+            return
+        if not self._options.upgrade:
+            await self._activate(self._options.rules)
+            self.done = True
             return
         random = self._random
         early = random.random() < 0.4

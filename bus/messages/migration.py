@@ -125,10 +125,15 @@ class SlotDenied(Message, frozen=True, tag="slot.denied"):
 
 
 class SlotTaken(Message, frozen=True, tag="slot.taken"):
-    """requests > placement: the heir goes on, in the slot that was kept for it."""
+    """requests > placement: the heir goes on, in the slot that was kept for it.
+
+    `tokens`: prompt and answer up to there, which it has computed anew; 0 where that is not known, and before rule
+    version 3.
+    """
 
     request: Name
     attempt: Positive
+    tokens: Count = 0
 
 
 class Following(Message, frozen=True, tag="heir.introduced"):

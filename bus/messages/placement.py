@@ -290,6 +290,39 @@ class PlacementDecided(Message, frozen=True, tag="placement.decided"):
     weighed: Positive
 
 
+class PlannedMove(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A running sequence that is to move, and where to. `tokens`: prompt and answer so far, estimated; `starts`: its
+    model starts there for it; `resume_ns`: until it goes on there, with the start."""
+
+    request: Name
+    model: Name
+    to: Name
+    tokens: Count = 0
+    starts: bool = False
+    resume_ns: Count = 0
+
+
+class PlacementExchanged(Message, frozen=True, tag="placement.exchanged"):
+    """placement > record: what runs on this worker is to go on elsewhere, so that `model` starts there for `request`.
+
+    Times in nanoseconds until `model` runs: migrate_ns with these moves, of which move_ns until the device is free;
+    drain_ns if what runs there were waited for, start_ns on the best free place; 0 where there is no such thing or it
+    is not known. `weighed`: workers on which that would have been possible.
+    """
+
+    model: Name
+    worker: Name
+    request: Name
+    migrate_ns: Count
+    move_ns: Count
+    drain_ns: Count = 0
+    start_ns: Count = 0
+    moves: tuple[PlannedMove, ...] = ()
+    stops: tuple[str, ...] = ()
+    weighed: Positive = 1
+    reason: Text = ""
+
+
 class InstanceDraining(Message, frozen=True, tag="instance.draining"):
     """placement > record: this instance takes no new sequence, so that an older request for another model gets room."""
 

@@ -172,7 +172,8 @@ class PlaceRequest(Message, frozen=True, tag="request.place"):
 
     `accepted` orders the queue: a request that lost its worker goes before those that came after it. The answers of one
     request ask one after the other, in one step; they get into the queue together or not at all. `deadline`: by the
-    ledger's clock in nanoseconds, 0 for none or where nobody asks for it yet.
+    ledger's clock in nanoseconds, 0 for none or where nobody asks for it yet. `tokens`: about so many are to be
+    computed before the next one, prompt and answer so far; from rule version 3 on.
     """
 
     request: Name
@@ -182,6 +183,7 @@ class PlaceRequest(Message, frozen=True, tag="request.place"):
     priority: Priority = 0
     choice: Choice | None = None
     deadline: Count = 0
+    tokens: Count = 0
 
 
 class RequestPlaced(Message, frozen=True, tag="request.placed"):
@@ -205,11 +207,15 @@ class PlacementRefused(Message, frozen=True, tag="placement.refused"):
 
 
 class SlotReleased(Message, frozen=True, tag="slot.released"):
-    """requests > placement: the request no longer wants or holds a slot."""
+    """requests > placement: the request no longer wants or holds a slot.
+
+    `tokens`: positions that became durable in it; from rule version 3 on.
+    """
 
     request: Name
     attempt: Positive
     model: Name
+    tokens: Count = 0
 
 
 class Span(msgspec.Struct, frozen=True, omit_defaults=True):
