@@ -183,6 +183,7 @@ class Gpu(Actor):
             card=message.card,
             sources=message.sources,
             urgent=message.urgent,
+            keep=message.keep,
             evicting=list(message.evict),
         )
         return [*said, self._lease(message.model, instance)]
@@ -198,7 +199,8 @@ class Gpu(Actor):
         ]
 
     def _lease(self, model: str, instance: Instance) -> To:
-        return To(self._store, LeaseModel(self.name, model, instance.sources, instance.urgent, instance.card))
+        one = instance
+        return To(self._store, LeaseModel(self.name, model, one.sources, one.urgent, one.card, one.keep))
 
     def on_StopInstance(self, message: StopInstance, now: int) -> list[To]:
         return self._detach(message.model)

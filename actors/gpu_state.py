@@ -25,6 +25,7 @@ class Instance(msgspec.Struct):
     sources: tuple[str, ...] = ()
     urgent: bool = True
     card: ModelCard | None = None
+    keep: tuple[str, ...] = ()
 
 
 class HeldSequence(msgspec.Struct):

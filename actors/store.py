@@ -9,6 +9,7 @@ Rules
 * Room is made by evicting what is not leased, that whose loss costs least (`actors.store_room`); the eviction says why.
   From the SSD only what can be fetched again goes.
 * A load that nobody waits for any more is broken off, if whoever wanted it says so.
+* Nothing is evicted in vain: room that cannot be made is refused before anything goes.
 * The driver obeys in order, so an eviction counts as done for the decisions that follow it.
 * A storage driver that is lost grants nothing: who waits is refused and may try elsewhere.
 * A model that was packed anew under its name is served as it was until its last lease is returned.
@@ -16,10 +17,9 @@ Rules
 
 from __future__ import annotations
 
-import msgspec
-
 from actors.actor import Actor, Unexpected
-from actors.store_room import Evictable, choose, evictable, explain
+from actors.store_room import Evictable, choose, evictable, explain, least_recent
+from actors.store_state import LARGEST, SECOND, StoredModel, StoreState
 from bus.messages import (
     CancelLoad,
     DeleteModel,
@@ -36,7 +36,6 @@ from bus.messages import (
     LoadFailed,
     LoadModel,
     LookForModel,
-    ModelCard,
     ModelDeleted,
     ModelEvicted,
     ModelFound,
@@ -51,51 +50,6 @@ from bus.messages import (
     Tier,
     To,
 )
-
-SECOND = 1_000_000_000
-LARGEST = 2**62
-
-
-class StoredModel(msgspec.Struct):
-    """One model on this server. `leases` and `waiting` are keyed by worker, as ordered sets.
-
-    `dropping`: to be deleted when nobody uses it; `deleting`: the driver is told, and for placement it is gone;
-    `newer`: what replaces it then, to be fetched if `newer_remote`. `source`: where it can be fetched; `sources`: where
-    this load looks, in order; `cancelling`: the driver is told to break off the load. `interval_ns`: between leases.
-    """
-
-    card: ModelCard
-    tier: Tier = "ssd"
-    loading: bool = False
-    leases: dict[str, bool] = {}
-    waiting: dict[str, bool] = {}
-    used_at: int = 0
-    dropping: bool = False
-    deleting: bool = False
-    newer: ModelCard | None = None
-    newer_remote: bool = False
-    source: str = ""
-    sources: tuple[str, ...] = ()
-    cancelling: bool = False
-    wanted_at: int = 0
-    interval_ns: int = 0
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing keeps it where it is."""
-        return not (self.leases or self.waiting or self.loading or self.deleting)
-
-
-class StoreState(msgspec.Struct):
-    """`ssd_bytes` 0: no budget. Rates in bytes per second, learned from finished loads."""
-
-    server: str = ""
-    epoch: int = 0
-    dram_bytes: int = 0
-    models: dict[str, StoredModel] = {}
-    ssd_bytes: int = 0
-    ssd_rate: int = SECOND
-    remote_rate: int = SECOND // 2
 
 
 class Store(Actor):
@@ -117,9 +71,9 @@ class Store(Actor):
             known = before.pop(held.card.model, None)
             model = StoredModel(held.card, held.tier, leases={}, waiting={}, source=held.source)
             if known is not None:
-                model.source = model.source or known.source
                 model.wanted_at, model.interval_ns = known.wanted_at, known.interval_ns
             if known is not None and known.card.digest == held.card.digest:
+                model.source = held.source or known.source
                 model.leases, model.used_at, model.dropping = known.leases, known.used_at, known.dropping
                 model.tier = "dram" if known.leases else held.tier
                 said += self._refuse(held.card.model, known, "the storage driver restarted", retry=True)
@@ -133,7 +87,7 @@ class Store(Actor):
                 self.state.models[name] = known_far
         models = tuple(HeldModel(model.card, model.tier, model.source) for model in self.state.models.values())
         ready = ServerReady(message.server, message.dram_bytes, models, message.ssd_bytes, message.address)
-        said += [To("placement", ready), *self._fit()]
+        said += [To("placement", ready), *self._fit(), *self._fit_ssd(now)]
         for name, model in list(self.state.models.items()):
             said += self._release(name, model)
         return said
@@ -152,11 +106,23 @@ class Store(Actor):
     def _fit(self) -> list[To]:
         """After a start, what was found in DRAM may be more than the budget."""
         said: list[To] = []
-        while self._used() > self.state.dram_bytes:
-            victim = self._least_recent()
+        while self.state.dram_used() > self.state.dram_bytes:
+            victim = least_recent(self.state)
             if victim is None:
                 break
             said += self._evict(victim, "the DRAM budget is smaller than what was found there")
+        return said
+
+    def _fit_ssd(self, now: int) -> list[To]:
+        """What was found on the SSD may be more than the budget; what cannot be fetched again stays all the same."""
+        short = self.state.ssd_used() - self.state.ssd_bytes
+        if not self.state.ssd_bytes or short <= 0:
+            return []
+        candidates = self._candidates("remote", now)
+        victims = choose(candidates, short)
+        said: list[To] = []
+        for one in candidates if victims is None else victims:
+            said += self._evict_from_ssd(one.name, "the SSD budget is smaller than what was found there")
         return said
 
     # ---- leases -----------------------------------------------------------------------------------------------
@@ -180,17 +146,16 @@ class Store(Actor):
         if model.loading:
             model.waiting[message.worker] = True
             return []
-        size, budget = model.card.weight_bytes, self.state.dram_bytes
-        if size > budget:
-            reason = f"{message.model} needs {size} bytes of DRAM, the budget of {self.state.server} is {budget}"
-            return [To(message.worker, LeaseRefused(message.model, reason))]
         if model.tier == "remote":
             model.card = message.card or model.card
             model.sources = message.sources or ((model.source,) if model.source else ())
-        said: list[To] = []
-        if refused := self._make_room(message.model, model, now, said):
-            return [*said, To(message.worker, LeaseRefused(message.model, refused, retry=True))]
-        model.loading = True
+        refused, said = self._never_fits(message.model, model), list[To]()
+        never = bool(refused)
+        refused = refused or self._make_room(message.model, model, message.keep, now, said)
+        if refused:
+            said.append(To(message.worker, LeaseRefused(message.model, refused, retry=not never)))
+            return [*said, *self._forget_unless_held(message.model, model)]
+        model.loading, model.urgent = True, message.urgent
         model.waiting[message.worker] = True
         return [*said, self._load(message.model, model)]
 
@@ -212,7 +177,8 @@ class Store(Actor):
     def on_ModelLoaded(self, message: ModelLoaded, now: int) -> list[To]:
         model = self.state.models[message.model]
         model.loading, model.tier, model.used_at, model.cancelling = False, "dram", now, False
-        model.source = message.source or model.source
+        # Where an operator said it is outlasts a copy that another server happened to have.
+        model.source = model.source or message.source
         if message.duration_ns:
             rate = min(LARGEST, message.loaded_bytes * SECOND // message.duration_ns)
             if message.tier == "remote":
@@ -236,8 +202,15 @@ class Store(Actor):
         model.loading = model.cancelling = False
         said = self._refuse(message.model, model, message.reason, retry=True)
         if message.gone and model.newer is None:
-            del self.state.models[message.model]
-            return [*said, To("placement", ModelGone(self.state.server, message.model))]
+            if model.tier == "remote" or not model.source:
+                return [*said, *self._forget(message.model)]
+            # What lies here is of no use, and can be fetched again.
+            return [*said, *self._evict_from_ssd(message.model, message.reason)]
+        if model.tier == "remote":
+            # It may have come as far as the SSD.
+            said.append(To(self._driver, FindModel(message.model)))
+            if model.newer is None and (forgotten := self._forget_unless_held(message.model, model)):
+                return [*said, *forgotten]
         said.append(self._held(model))
         return [*said, *self._release(message.model, model)]
 
@@ -265,16 +238,17 @@ class Store(Actor):
         if known is None:
             known = StoredModel(card, message.tier, leases={}, waiting={}, used_at=now, source=message.source)
             self.state.models[card.model] = known
-            return [self._held(known)]
-        known.source = message.source or known.source
+            return [self._held(known), *self._fit_ssd(now)]
         if known.card.digest != card.digest:
+            known.source = message.source
             known.newer, known.newer_remote = card, far
             replaced = To("placement", ModelReplaced(self.state.server, card.model))
             return self._release(card.model, known) or [replaced]
+        known.source = message.source or known.source
         known.card, known.newer = card, None
-        if known.tier == "remote" and not far:
+        if known.tier == "remote" and not far and not known.loading:
             known.tier = "ssd"
-        return [self._held(known)]
+        return [self._held(known), *self._fit_ssd(now)]
 
     def on_ModelMissing(self, message: ModelMissing, now: int) -> list[To]:
         model = self.state.models.get(message.model)
@@ -282,8 +256,10 @@ class Store(Actor):
             return []
         if model.deleting:
             return self.on_ModelDeleted(ModelDeleted(message.model), now)
-        del self.state.models[message.model]
-        return [To("placement", ModelGone(self.state.server, message.model))]
+        if model.tier == "remote" and model.source:
+            # It does not lie here, as was known; that its source did not answer may pass.
+            return []
+        return self._forget(message.model)
 
     def on_DropModel(self, message: DropModel, now: int) -> list[To]:
         model = self.state.models.get(message.model)
@@ -307,18 +283,6 @@ class Store(Actor):
     def _driver(self) -> str:
         return f"driver/{self.name}"
 
-    def _used(self) -> int:
-        """Bytes of DRAM that are taken or promised."""
-        return sum(m.card.weight_bytes for m in self.state.models.values() if m.tier == "dram" or m.loading)
-
-    def _least_recent(self) -> str | None:
-        best: str | None = None
-        for name, model in self.state.models.items():
-            evictable = model.tier == "dram" and not model.leases
-            if evictable and (best is None or model.used_at < self.state.models[best].used_at):
-                best = name
-        return best
-
     def _evict(self, name: str, reason: str) -> list[To]:
         model = self.state.models[name]
         model.tier = "ssd"
@@ -330,70 +294,74 @@ class Store(Actor):
         model.tier = "remote"
         return [*said, To(self._driver, EvictModel(name, reason, "ssd")), self._held(model)]
 
-    def _make_room(self, wanted: str, model: StoredModel, now: int, said: list[To]) -> str:
+    def _never_fits(self, wanted: str, model: StoredModel) -> str:
+        """One sentence where a budget is too small for this model whatever goes."""
+        size, server = model.card.weight_bytes, self.state.server
+        if size > self.state.dram_bytes:
+            return f"{wanted} needs {size} bytes of DRAM, the budget of {server} is {self.state.dram_bytes}"
+        if model.tier == "remote" and 0 < self.state.ssd_bytes < size:
+            return f"{wanted} needs {size} bytes of SSD, the budget of {server} is {self.state.ssd_bytes}"
+        return ""
+
+    def _make_room(self, wanted: str, model: StoredModel, keep: tuple[str, ...], now: int, said: list[To]) -> str:
         """Adds to `said` what makes room for the model; one sentence where that cannot be made."""
         size = model.card.weight_bytes
         full = f"everything in the DRAM of {self.state.server} is in use, {wanted} finds no room"
         if self.rules < 3 and model.tier != "remote":
-            while self._used() + size > self.state.dram_bytes:
-                victim = self._least_recent()
+            while self.state.dram_used() + size > self.state.dram_bytes:
+                victim = least_recent(self.state)
                 if victim is None:
                     return full
                 said += self._evict(victim, f"least recently used, makes room for {wanted}")
             return ""
+        disk, on_disk = list[Evictable](), self._candidates("remote", now, keep)
         if model.tier == "remote":
             if not model.sources:
                 return f"nobody is known who has {wanted}"
-            if refused := self._make_ssd_room(wanted, size, now, said):
-                return refused
-        candidates = [
-            self._evictable(name, other, "ssd", now)
-            for name, other in self.state.models.items()
-            if other.tier == "dram" and other.idle
-        ]
-        short = self._used() + size - self.state.dram_bytes
-        victims = choose(candidates, short) if short > 0 else []
+            short = self.state.ssd_used() + size - self.state.ssd_bytes
+            found = choose(on_disk, short) if self.state.ssd_bytes and short > 0 else []
+            if found is None:
+                return f"nothing on the SSD of {self.state.server} may go, {wanted} finds no room"
+            disk = found
+        leaving = [one.name for one in disk]
+        freed = sum(one.size for one in disk if self.state.models[one.name].tier == "dram")
+        short = self.state.dram_used() - freed + size - self.state.dram_bytes
+        in_dram = [one for one in self._candidates("ssd", now, keep) if one.name not in leaving]
+        victims = choose(in_dram, short) if short > 0 else []
         if victims is None:
             return full
+        for one in disk:
+            said += self._evict_from_ssd(one.name, explain(one, wanted, on_disk, disk))
         for one in victims:
-            said += self._evict(one.name, explain(one, wanted, candidates, victims))
+            said += self._evict(one.name, explain(one, wanted, in_dram, victims))
         return ""
 
-    def _make_ssd_room(self, wanted: str, size: int, now: int, said: list[To]) -> str:
-        budget = self.state.ssd_bytes
-        short = self._used_of_ssd() + size - budget
-        if not budget or short <= 0:
-            return ""
-        if size > budget:
-            return f"{wanted} needs {size} bytes of SSD, the budget of {self.state.server} is {budget}"
-        candidates = [
-            self._evictable(name, other, "remote", now)
-            for name, other in self.state.models.items()
-            if other.tier != "remote" and other.idle and other.source and other.newer is None and not other.dropping
-        ]
-        victims = choose(candidates, short)
-        if victims is None:
-            return f"nothing on the SSD of {self.state.server} may go, {wanted} finds no room"
-        for one in victims:
-            said += self._evict_from_ssd(one.name, explain(one, wanted, candidates, victims))
-        return ""
-
-    def _evictable(self, name: str, model: StoredModel, below: Tier, now: int) -> Evictable:
+    def _candidates(self, below: Tier, now: int, keep: tuple[str, ...] = ()) -> list[Evictable]:
+        """Who may go to the tier below, and what that would cost."""
         rate = self.state.ssd_rate if below == "ssd" else self.state.remote_rate
-        return evictable(name, model.card.weight_bytes, rate, model.interval_ns, now - model.used_at)
-
-    def _used_of_ssd(self) -> int:
-        """Bytes of the SSD that are taken or promised."""
-        models = self.state.models.values()
-        return sum(model.card.weight_bytes for model in models if model.tier != "remote" or model.loading)
+        return [
+            evictable(
+                name, model.card.weight_bytes, rate, model.interval_ns, now - model.used_at, wanted_now=name in keep
+            )
+            for name, model in self.state.models.items()
+            if (model.leaves_ssd if below == "remote" else model.tier == "dram" and model.idle)
+        ]
 
     def _load(self, name: str, model: StoredModel) -> To:
         sources = model.sources if model.tier == "remote" else ()
-        return To(self._driver, LoadModel(name, model.card.digest, sources))
+        return To(self._driver, LoadModel(name, model.card.digest, sources, model.urgent))
 
     def _held(self, model: StoredModel, duration_ns: int = 0, origin: Tier = "ssd") -> To:
         held = ModelHeld(self.state.server, model.card, model.tier, duration_ns, origin, model.source)
         return To("placement", held)
+
+    def _forget(self, name: str) -> list[To]:
+        del self.state.models[name]
+        return [To("placement", ModelGone(self.state.server, name))]
+
+    def _forget_unless_held(self, name: str, model: StoredModel) -> list[To]:
+        """What was only to be fetched from another server, and did not come, is nothing that this one has."""
+        return self._forget(name) if model.tier == "remote" and not model.source else []
 
     def _refuse(self, name: str, model: StoredModel, reason: str, *, retry: bool) -> list[To]:
         said = [To(worker, LeaseRefused(name, reason, retry)) for worker in model.waiting]

@@ -16,7 +16,7 @@ from actors.migration import MigrationState
 from actors.placement_state import PlacementState
 from actors.replay import verify
 from actors.request_state import RequestsState
-from actors.store import StoreState
+from actors.store_state import StoreState
 from bus.contract import Record
 from bus.messages import (
     RequestAccepted,

@@ -172,7 +172,7 @@ class StartInstance(Message, frozen=True, tag="instance.start"):
     """placement > gpu: make room by stopping the idle models of `evict`, then start `model`.
 
     `sources`: from where the store may fetch it, in order of preference; `urgent`: somebody waits for it; `card`: what
-    it is, for a store that has never heard of it.
+    it is, for a store that has never heard of it; `keep`: models of that server that requests wait for, too.
     """
 
     model: Name
@@ -183,6 +183,7 @@ class StartInstance(Message, frozen=True, tag="instance.start"):
     sources: tuple[Source, ...] = ()
     urgent: bool = True
     card: ModelCard | None = None
+    keep: tuple[str, ...] = ()
 
 
 class AbandonStart(Message, frozen=True, tag="instance.abandon"):
@@ -231,6 +232,7 @@ class LeaseModel(Message, frozen=True, tag="lease.take"):
     sources: tuple[Source, ...] = ()
     urgent: bool = True
     card: ModelCard | None = None
+    keep: tuple[str, ...] = ()
 
 
 class LeaseReturned(Message, frozen=True, tag="lease.returned"):

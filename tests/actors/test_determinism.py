@@ -20,7 +20,8 @@ DECIDING = [
     "actors/resume_times.py",
     "actors/placement_start.py",
     "actors/placement_state.py", "actors/request_moves.py",
-    "actors/request_state.py", "actors/requests.py", "actors/rules.py", "actors/store.py", "actors/store_room.py",
+    "actors/request_state.py", "actors/requests.py", "actors/rules.py", "actors/store.py",
+    "actors/store_room.py", "actors/store_state.py",
     "bus/ordering.py",
 ]  # fmt: skip
 ALLOWED = {
@@ -33,7 +34,8 @@ ALLOWED = {
     "actors.resume_times",
     "actors.placement_start",
     "actors.placement_state", "actors.request_moves",
-    "actors.request_state", "actors.requests", "actors.rules", "actors.store", "actors.store_room",
+    "actors.request_state", "actors.requests", "actors.rules", "actors.store",
+    "actors.store_room", "actors.store_state",
 }  # fmt: skip
 FORBIDDEN_CALLS = {"hash", "id", "set", "frozenset", "open", "print", "input", "vars", "repr", "eval", "exec", "float"}
 

@@ -21,6 +21,7 @@ from bus.messages import (
     LoadModel,
     Message,
     ModelFound,
+    ModelGone,
     ModelHeld,
     ModelLoaded,
     ServerReady,
@@ -94,7 +95,8 @@ def test_the_budget_of_the_ssd_holds_and_only_what_can_be_had_again_goes() -> No
     (refused,) = store.handle(LeaseModel(W1, "far"), 2 * SECOND)
     assert isinstance(refused.message, LeaseRefused) and "SSD" in refused.message.reason
     alone = make(ssd=30)
-    (refused,) = alone.handle(LeaseModel(W0, "m", (FAR,), card=card("m")), 1)
+    refused, gone = alone.handle(LeaseModel(W0, "m", (FAR,), card=card("m")), 1)
+    assert gone.message == ModelGone("s", "m"), "nothing is left of what was never held"
     assert isinstance(refused.message, LeaseRefused) and "the budget of s is 30" in refused.message.reason
 
 

@@ -17,7 +17,7 @@ from actors.gpu_state import GpuState
 from actors.placement_state import PlacementState
 from actors.request_state import RequestsState
 from actors.rules import KNOWN_RULES
-from actors.store import StoreState
+from actors.store_state import StoreState
 from bus.contract import Record
 from bus.messages import (
     AddReader,
@@ -332,7 +332,7 @@ class StoreDriver(Driver):
                 self.fact(ModelEvicted(model), effect.number)
             case FindModel(model=model, source=source):
                 if model not in self.ssd and source and tape.pick(3):
-                    far = card(model, weight=self.world.weights[model], digest=f"d{tape.pick(2)}")
+                    far = card(model, weight=self.world.weights[model], digest=f"far{tape.pick(2)}")
                     self.fact(ModelFound(far, "remote", source), effect.number)
                 elif model in self.ssd:
                     if tape.one_in(3):
