@@ -1,25 +1,36 @@
-"""Packed models in a directory of this server; the page cache above them is the DRAM tier.
+"""Packed models in a directory of this server, where they come from, and the DRAM tier above them.
 
 A directory per model, named by the escaped name of the model. What is brought to DRAM is checked byte by byte, so a
 model counts as lying there only when this process has checked it and every page is still resident: pages that merely
-happen to be cached were verified by nobody.
+happen to be cached were verified by nobody. What does not lie here is fetched from the first source that gives it;
+SSD and DRAM are filled on the way.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from actors.store_driver import StorageFailed
-from bus.messages import HeldModel, ModelCard
+from actors.model_sources import SOURCE_NAME, fetch_model, find_at_source, read_source
+from actors.stopping import Stop, in_thread
+from actors.store_driver import Loaded, StorageFailed
+from bus.messages import HeldModel, ModelCard, Tier
 from bus.subjects import escape_model, unescape_model
 from loaders import CheckpointError, Manifest, populate_checkpoint, read_manifest, release_checkpoint, resident_bytes
+from loaders.errors import DestinationBusy
+from loaders.precedence import Precedence
+from loaders.storage import remove_leftovers
 
 DEFAULT_CONTEXT = 4096
 """The most tokens, prompt and answer together, that a sequence gets unless told otherwise."""
+THREADS = 32
+"""Loads, looks and deletions under way at once; each of them mostly waits."""
+BUSY_SECONDS = 0.05
+"""So often is looked whether another process, which brings the same model to the same directory, is done."""
 
 logger = logging.getLogger("longshore.driver")
 
@@ -31,23 +42,25 @@ class LocalStorage:
         self._directory = directory
         self._context_limit = context_limit
         self._checked: dict[str, str] = {}
+        self._precedence = Precedence()
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="storage")
 
     async def scan(self) -> tuple[HeldModel, ...]:
-        return await asyncio.to_thread(self._scan)
+        return await in_thread(self._threads, lambda stop: self._scan())
 
-    async def load(self, model: str, digest: str) -> int:
-        return await asyncio.to_thread(self._load, model, digest)
+    async def load(self, model: str, digest: str, sources: tuple[str, ...] = (), urgent: bool = True) -> Loaded:
+        return await in_thread(self._threads, lambda stop: self._load(model, digest, sources, urgent, stop))
 
-    async def evict(self, model: str) -> None:
-        await asyncio.to_thread(self._evict, model)
+    async def evict(self, model: str, tier: Tier = "dram") -> None:
+        await in_thread(self._threads, lambda stop: self._evict(model, tier))
 
-    async def find(self, model: str) -> ModelCard:
-        return await asyncio.to_thread(self._card, model)
+    async def find(self, model: str, source: str = "") -> HeldModel:
+        return await in_thread(self._threads, lambda stop: self._find(model, source, stop))
 
     async def delete(self, model: str) -> None:
-        await asyncio.to_thread(self._delete, model)
+        await in_thread(self._threads, lambda stop: self._delete(model))
 
-    # ---- in a thread ------------------------------------------------------------------------------------------
+    # ---- in a thread: what there is ---------------------------------------------------------------------------
 
     def _path(self, model: str) -> Path:
         return self._directory / escape_model(model)
@@ -57,35 +70,44 @@ class LocalStorage:
             entries = sorted(self._directory.iterdir())
         except FileNotFoundError:
             return ()
+        remove_leftovers(self._directory)
         found = []
         for path in entries:
             if path.name.startswith(".") or not path.is_dir():
+                if path.name.endswith(_DELETED):
+                    shutil.rmtree(path, ignore_errors=True)
                 continue
             try:
                 model = unescape_model(path.name)
                 card = self._card(model)
-                resident = resident_bytes(path) >= card.weight_bytes
+                in_dram = self._lies_in_dram(model, card)
             except (StorageFailed, CheckpointError, OSError, ValueError) as error:
                 logger.warning("%s is left out: %s", path, error)
                 continue
-            checked = self._checked.get(model) == card.digest
-            found.append(HeldModel(card, "dram" if checked and resident else "ssd"))
+            found.append(HeldModel(card, "dram" if in_dram else "ssd", read_source(path)))
         return tuple(found)
+
+    def _find(self, model: str, source: str, stop: Stop) -> HeldModel:
+        path = self._path(model)
+        if path.is_dir() or not source:
+            return HeldModel(self._card(model), "ssd", read_source(path))
+        manifest, chat = find_at_source(source, stop)
+        return HeldModel(self._describe(model, source, manifest, chat), "remote", source)
 
     def _card(self, model: str) -> ModelCard:
         path = self._path(model)
         if not path.is_dir():
             raise StorageFailed(f"{model} does not lie on this server: add it to {self._directory}", gone=True)
         try:
-            return self._describe(model, path, read_manifest(path))
+            manifest = read_manifest(path)
         except (CheckpointError, OSError) as error:
             raise StorageFailed(str(error), gone=True) from error
+        return self._describe(model, str(path), manifest, _has_chat_template(path, manifest))
 
-    def _describe(self, model: str, path: Path, manifest: Manifest) -> ModelCard:
+    def _describe(self, model: str, where: str, manifest: Manifest, chat: bool) -> ModelCard:
         if manifest.kind == "stored":
-            raise CheckpointError(
-                f"{path} was packed as stored, which nobody here can run; pack it without --as-stored"
-            )
+            reason = f"{where} was packed as stored, which nobody here can run; pack it without --as-stored"
+            raise StorageFailed(reason, gone=True)
         return ModelCard(
             model=model,
             digest=manifest.digest,
@@ -94,29 +116,78 @@ class LocalStorage:
             kv_bytes_per_token=max(1, manifest.kv_bytes_per_token),
             vocabulary=max(1, manifest.vocab_size),
             architecture=manifest.architecture[:128],
-            chat=_has_chat_template(path, manifest),
+            chat=chat,
             kind="encoder" if manifest.kind == "encoder" else "decoder",
         )
 
-    def _load(self, model: str, digest: str) -> int:
+    # ---- in a thread: remote ▸ SSD ▸ DRAM ---------------------------------------------------------------------
+
+    def _load(self, model: str, digest: str, sources: tuple[str, ...], urgent: bool, stop: Stop) -> Loaded:
+        while True:
+            stop.check()
+            try:
+                if self._path(model).is_dir() or not sources:
+                    return self._load_from_ssd(model, digest, sources, urgent, stop)
+                return self._load_from_sources(model, digest, sources, urgent, stop)
+            except DestinationBusy:
+                # Servers that share a directory, as those of `longshore up` do: afterwards it lies here.
+                stop.wait(BUSY_SECONDS)
+
+    def _load_from_ssd(self, model: str, digest: str, sources: tuple[str, ...], urgent: bool, stop: Stop) -> Loaded:
         card = self._card(model)
         if card.digest != digest:
             raise StorageFailed(f"the weights of {model} on this server are not the ones that were placed", gone=True)
         try:
-            report = populate_checkpoint(self._path(model), verify=True)
+            with self._precedence.turn("disk", urgent=urgent) as turn:
+                self._bring_to_dram(model, lambda: _wait(turn.wait, stop))
         except CheckpointError as error:
-            raise StorageFailed(str(error), gone=True) from error
+            if not sources:
+                raise StorageFailed(str(error), gone=True) from error
+            logger.warning("%s is fetched again: %s", model, error)
+            return self._load_from_sources(model, digest, sources, urgent, stop)
         except OSError as error:
             raise StorageFailed(f"{model} cannot be read: {error.strerror or error}") from error
-        self._checked[model] = card.digest
-        return report.bytes
+        self._checked[model] = digest
+        return Loaded(card.weight_bytes, "ssd")
 
-    def _evict(self, model: str) -> None:
+    def _load_from_sources(self, model: str, digest: str, sources: tuple[str, ...], urgent: bool, stop: Stop) -> Loaded:
+        with self._precedence.turn("network", urgent=urgent) as turn:
+            fetch_model(model, self._path(model), digest, sources, lambda: _wait(turn.wait, stop), stop)
+        self._checked[model] = digest
+        card = self._card(model)
+        if not self._lies_in_dram(model, card):
+            self._load_from_ssd(model, digest, (), urgent, stop)
+        return Loaded(card.weight_bytes, "remote")
+
+    # ---- in a thread: the DRAM tier ---------------------------------------------------------------------------
+
+    def _bring_to_dram(self, model: str, before: Callable[[], None]) -> None:
+        populate_checkpoint(self._path(model), verify=True, before=before)
+
+    def _lies_in_dram(self, model: str, card: ModelCard) -> bool:
+        """What was fetched from a source lies there by that."""
+        checked = self._checked.get(model) == card.digest
+        return resident_bytes(self._path(model)) >= card.weight_bytes and checked
+
+    def _let_go_from_dram(self, model: str) -> None:
         self._checked.pop(model, None)
         try:
             release_checkpoint(self._path(model))
         except (CheckpointError, OSError) as error:
             logger.warning("%s could not be let go from DRAM: %s", model, error)
+
+    # ---- in a thread: letting go ------------------------------------------------------------------------------
+
+    def _evict(self, model: str, tier: Tier) -> None:
+        if not self._path(model).is_dir():
+            self._checked.pop(model, None)
+            return
+        self._let_go_from_dram(model)
+        if tier == "ssd":
+            try:
+                self._delete(model)
+            except StorageFailed as failed:
+                logger.warning("%s could not be let go from the SSD: %s", model, failed)
 
     def _delete(self, model: str) -> None:
         path = self._path(model)
@@ -124,13 +195,21 @@ class LocalStorage:
         if not path.is_dir():
             raise StorageFailed(f"{model} does not lie on this server", gone=True)
         # A name that no scan takes for a model: a crash in between leaves nothing that looks whole.
-        doomed = path.with_name(f".{path.name}.deleted")
+        doomed = path.with_name(f".{path.name}{_DELETED}")
         shutil.rmtree(doomed, ignore_errors=True)
         try:
             path.rename(doomed)
         except OSError as error:
             raise StorageFailed(f"{model} cannot be deleted: {error.strerror or error}") from error
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+_DELETED = ".deleted"
+
+
+def _wait(turn: Callable[[Callable[[], bool]], None], stop: Stop) -> None:
+    turn(stop.asked)
+    stop.check()
 
 
 def _has_chat_template(path: Path, manifest: Manifest) -> bool:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from actors.driver import HEARTBEAT_SECONDS, DriverShell
 from actors.local_storage import DEFAULT_CONTEXT, LocalStorage
+from actors.model_server import ModelServer
 from actors.node_leaving import until_drained
 from actors.store_driver import StoreDriver
 from actors.worker_settings import WorkerSettings, start_worker
@@ -56,7 +57,11 @@ logger = logging.getLogger("longshore.node")
 
 @dataclass(frozen=True, slots=True)
 class NodeOptions:
-    """What a node is told at its start. `memory_bytes` and `threads` are per worker."""
+    """What a node is told at its start. `memory_bytes` and `threads` are per worker.
+
+    `ssd_bytes`: what packed models may take of its disk, 0 for no bound; `serve_models`: where other servers may fetch
+    them, empty for nowhere.
+    """
 
     nats: ConnectionOptions
     cell: str
@@ -71,6 +76,8 @@ class NodeOptions:
     context: int = DEFAULT_CONTEXT
     log_json: bool = False
     health: str = ""
+    ssd_bytes: int = 0
+    serve_models: str = ""
     catch_up: bool = True
 
     @property
@@ -86,8 +93,16 @@ async def run_node(options: NodeOptions) -> None:
     ending = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
+    served = ModelServer(options.models, options.serve_models) if options.serve_models else None
     storage = LocalStorage(options.models, context_limit=options.context)
-    driver = StoreDriver(options.server, dram_bytes=options.dram_bytes, storage=storage, process=os.getpid())
+    driver = StoreDriver(
+        options.server,
+        dram_bytes=options.dram_bytes,
+        storage=storage,
+        process=os.getpid(),
+        ssd_bytes=options.ssd_bytes,
+        address=served.address if served is not None else "",
+    )
     shell = DriverShell(bus, bus.subjects, driver, boot=lambda: secrets.token_hex(8))
     context = _context()
     try:
@@ -105,6 +120,8 @@ async def run_node(options: NodeOptions) -> None:
             tasks.start(_leave(bus, options.server), "leaving")
             tasks.start(_alone(shell, options.server), "alone")
             health.reasons = lambda: obstacles(bus, shell, workers)
+            if served is not None:
+                health.details["models"] = served.address
             with contextlib.suppress(_Ending):
                 await tasks.wait()
             # Workers first: nobody starts one again, each says that it leaves, and the store goes last.
@@ -115,6 +132,8 @@ async def run_node(options: NodeOptions) -> None:
     finally:
         await tasks.stop()
         await asyncio.gather(*(worker.stop() for worker in workers))
+        if served is not None:
+            await asyncio.to_thread(served.stop)
         await bus.close()
         os.close(lock)
     logger.info("node %s has ended", options.server)

@@ -43,6 +43,14 @@ def node(
     dram: Annotated[
         str, typer.Option(metavar="SIZE", help="Models kept in memory on this server; by default a share.")
     ] = "",
+    ssd: Annotated[
+        str,
+        typer.Option(metavar="SIZE", help="What packed models may take of this server's disk; no bound by default."),
+    ] = "",
+    serve_models: Annotated[
+        str,
+        typer.Option(metavar="HOST:PORT", help="Let other servers fetch packed models there, by http, without login."),
+    ] = "",
     slots: Annotated[int, typer.Option(min=1, max=4096, help="Sequences of one model at once.")] = DEFAULT_SLOTS,
     device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where models compute.")] = "cpu",
     threads: Annotated[
@@ -87,6 +95,8 @@ def node(
         context=context,
         log_json=log_json,
         health=health,
+        ssd_bytes=parse_size(ssd, "--ssd") if ssd else 0,
+        serve_models=serve_models,
         catch_up=catch_up,
     )
     _make_models_directory(options.models)

@@ -110,6 +110,8 @@ class CellProcesses:
             self.controls.append(self._child(f"control-{number}", arguments))
         for number in range(1, options.nodes + 1):
             arguments = ["node", *common, "--server", f"s{number}", "--data", str(options.data), "--health", ""]
+            # They share the directory of the models, so that there is nothing to fetch from each other.
+            arguments += ["--serve-models", ""]
             arguments += ["--workers", str(options.workers), "--device", options.device]
             arguments += ["--dram", options.dram or str(_share(options.nodes))]
             memory = options.memory or (str(_share(options.nodes * options.workers)) if options.device == "cpu" else "")

@@ -46,6 +46,8 @@ class Health:
     def __init__(self, name: str) -> None:
         self.name = name
         self.reasons: Reasons = lambda: ["it is starting"]
+        self.details: dict[str, str] = {}
+        """What else is told to whoever asks."""
         self._found = _Found(time.monotonic(), ("it is starting",))
         self._systemd = Systemd.from_environment()
 
@@ -82,7 +84,7 @@ class Health:
             return 404, b'{"error":"use /livez or /readyz"}\n'
         reasons = self.live() if path == "/livez" else self.ready()
         word = "live" if path == "/livez" else "ready"
-        body = {"process": self.name, word: not reasons, "reasons": reasons}
+        body = {"process": self.name, word: not reasons, "reasons": reasons, **self.details}
         return 503 if reasons else 200, json.dumps(body).encode() + b"\n"
 
     @asynccontextmanager

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any, NamedTuple
 
-from actors.store_driver import StorageFailed
+from actors.store_driver import Loaded, StorageFailed
 from actors.stub_runtime import StubRuntime
 from actors.stub_storage import StubStorage
 from actors.worker_runtime import AttachRefused, EncodedPrompt, PromptRefused, StepResult
@@ -152,11 +152,11 @@ class SimulatedStorage(StubStorage):
         if card.model in self._ever:
             self.cards.setdefault(card.model, card)
 
-    async def load(self, model: str, digest: str) -> int:
+    async def load(self, model: str, digest: str, sources: tuple[str, ...] = (), urgent: bool = True) -> Loaded:
         if self._active() and self._random.random() < self._options.troubles.load_failed:
             await asyncio.sleep(0.1 * self._random.random())
             raise StorageFailed(f"{model} could not be read")
-        loaded = await super().load(model, digest)
+        loaded = await super().load(model, digest, sources, urgent)
         used = {name: self.cards[name].weight_bytes for name in self.resident}
         if sum(used.values()) > self._options.dram_bytes:
             self._over(f"a DRAM budget of {self._options.dram_bytes} bytes holds {used}")

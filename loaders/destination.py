@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from loaders.errors import CheckpointError
+from loaders.errors import CheckpointError, DiskFull
 from loaders.manifest import MANIFEST_NAME
 
 
@@ -20,12 +20,12 @@ def check_replaceable(destination: Path) -> None:
 
 
 def check_space(parent: Path, needed: int) -> None:
-    """CheckpointError unless the file system of `parent`, which need not exist yet, has `needed` bytes free."""
+    """DiskFull unless the file system of `parent`, which need not exist yet, has `needed` bytes free."""
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     if needed > free:
-        raise CheckpointError(
+        raise DiskFull(
             f"{parent}: the disk is full: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB "
             "are free; free some space"
         )

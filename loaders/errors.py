@@ -12,6 +12,14 @@ class NoRoom(CheckpointError):
     """Memory does not suffice now; nothing is wrong with the checkpoint."""
 
 
+class DestinationBusy(CheckpointError):
+    """Another process, or another thread, writes there now; afterwards it may be what is wanted."""
+
+
+class DiskFull(CheckpointError):
+    """What is to be written finds no room, wherever it comes from."""
+
+
 def quote(name: str) -> str:
     """`name` from an untrusted file, printable on one line and at most about 80 characters long."""
     shown = name if len(name) <= 80 else name[:60] + "..." + name[-15:]

@@ -13,7 +13,7 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,6 +59,52 @@ class FetchReport(msgspec.Struct, frozen=True, kw_only=True):
     advice: str = ""
 
 
+def look_at_source(source: RemoteSource) -> Manifest:
+    """The manifest of the packed checkpoint there, which agrees with the header of its weights.
+
+    Nothing else is read. Raises CheckpointError.
+    """
+    manifest = _manifest_of(source)
+    file = source.open_large(WEIGHTS_NAME)
+    try:
+        _header_of(source, file, manifest)
+    finally:
+        file.close()
+    return manifest
+
+
+def read_companion(source: RemoteSource, manifest: Manifest, name: str) -> bytes:
+    """A file beside the weights, as it was packed. Raises CheckpointError where it is another one."""
+    stated = manifest.files[name]
+    if stated.bytes > COMPANION_LIMIT_BYTES:
+        raise CheckpointError(f"{source.name}/{name} would have {stated.bytes} bytes, more than is taken")
+    content = source.read_small(name, stated.bytes)
+    if len(content) != stated.bytes or f"{checksum_of(content):016x}" != stated.checksum:
+        raise CheckpointError(f"{source.name}/{name} is not the file that was packed; pack it there again")
+    return content
+
+
+def _manifest_of(source: RemoteSource) -> Manifest:
+    return parse_manifest(source.read_small(MANIFEST_NAME, MANIFEST_LIMIT_BYTES), f"{source.name}/{MANIFEST_NAME}")
+
+
+def _header_of(source: RemoteSource, file: RemoteFile, manifest: Manifest) -> tuple[bytes, PackedHeader]:
+    """Everything in front of the data, checked against the manifest."""
+    where = Path(f"{source.name}/{WEIGHTS_NAME}")
+    if file.bytes != manifest.bytes or file.bytes < 8:
+        raise CheckpointError(f"{where} has {file.bytes} bytes, its manifest says {manifest.bytes}; pack it again")
+    length = bytearray(8)
+    file.read(memoryview(length), 0, 8)
+    region_bytes = 8 + int.from_bytes(length, "little")
+    if region_bytes > min(file.bytes, 8 + HEADER_LIMIT_BYTES):
+        raise CheckpointError(f"{where}: its header claims {region_bytes} bytes, which cannot be; pack it again")
+    region = length + bytearray(region_bytes - 8)
+    file.read(memoryview(region)[8:], 8, region_bytes - 8)
+    packed = parse_packed_region(bytes(region), file.bytes, where)
+    check_agreement(manifest, packed, where.parent)
+    return bytes(region), packed
+
+
 class Fetch:
     """A fetch that another thread may cancel. `run` may be called once."""
 
@@ -70,10 +116,17 @@ class Fetch:
         keep_in_memory: bool = True,
         digest: str = "",
         progress: Progress | None = None,
+        before: Callable[[], None] | None = None,
+        beside: Mapping[str, bytes] | None = None,
     ) -> None:
-        """`digest`, if given, is that of the very weights wanted: others are refused."""
+        """`digest`, if given, is that of the very weights wanted: others are refused.
+
+        `before()` is called by each thread before its next chunk: it may wait, and what it raises ends all. `beside`
+        are small files of the fetcher's own, committed with the rest.
+        """
         self._source, self._destination = source, Path(destination)
         self._keep, self._digest, self._progress = keep_in_memory, digest, progress
+        self._before, self._beside = before, dict(beside or {})
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._seconds = {"read": 0.0, "checksum": 0.0, "write": 0.0}
@@ -88,23 +141,21 @@ class Fetch:
         """Fetch, check, commit. Raises CheckpointError: then the destination is as it was before."""
         began = time.perf_counter()
         source = self._source
-        manifest = parse_manifest(
-            source.read_small(MANIFEST_NAME, MANIFEST_LIMIT_BYTES), f"{source.name}/{MANIFEST_NAME}"
-        )
+        manifest = _manifest_of(source)
         if self._digest and manifest.digest != self._digest:
             raise CheckpointError(
                 f"{source.name} holds other weights (digest {manifest.digest[:12]}) than those wanted "
                 f"({self._digest[:12]}); fetch the version that is served there"
             )
         check_replaceable(self._destination)
-        companions = {name: self._companion(manifest, name) for name in manifest.files}
+        companions = {name: read_companion(source, manifest, name) for name in manifest.files}
         file = source.open_large(WEIGHTS_NAME)
         try:
-            region, packed = self._header(file, manifest)
+            region, packed = _header_of(source, file, manifest)
             check_space(self._destination.parent, manifest.bytes + sum(map(len, companions.values())))
             with storage.replacing_directory(self._destination) as temporary:
                 synced = self._weights(file, packed, region, temporary / WEIGHTS_NAME)
-                for name, content in companions.items():
+                for name, content in (companions | self._beside).items():
                     (temporary / name).parent.mkdir(exist_ok=True)
                     storage.write_file(temporary / name, content)
                 storage.write_file(temporary / MANIFEST_NAME, source.read_small(MANIFEST_NAME, MANIFEST_LIMIT_BYTES))
@@ -117,31 +168,6 @@ class Fetch:
         now = parse_manifest((temporary / MANIFEST_NAME).read_bytes(), f"{self._source.name}/{MANIFEST_NAME}")
         if now != manifest:
             raise CheckpointError(f"{self._source.name} changed while it was fetched; fetch it again")
-
-    def _companion(self, manifest: Manifest, name: str) -> bytes:
-        stated = manifest.files[name]
-        if stated.bytes > COMPANION_LIMIT_BYTES:
-            raise CheckpointError(f"{self._source.name}/{name} would have {stated.bytes} bytes, more than is taken")
-        content = self._source.read_small(name, stated.bytes)
-        if len(content) != stated.bytes or f"{checksum_of(content):016x}" != stated.checksum:
-            raise CheckpointError(f"{self._source.name}/{name} is not the file that was packed; pack it there again")
-        return content
-
-    def _header(self, file: RemoteFile, manifest: Manifest) -> tuple[bytes, PackedHeader]:
-        """Everything in front of the data, checked against the manifest."""
-        where = Path(f"{self._source.name}/{WEIGHTS_NAME}")
-        if file.bytes != manifest.bytes or file.bytes < 8:
-            raise CheckpointError(f"{where} has {file.bytes} bytes, its manifest says {manifest.bytes}; pack it again")
-        length = bytearray(8)
-        file.read(memoryview(length), 0, 8)
-        region_bytes = 8 + int.from_bytes(length, "little")
-        if region_bytes > min(file.bytes, 8 + HEADER_LIMIT_BYTES):
-            raise CheckpointError(f"{where}: its header claims {region_bytes} bytes, which cannot be; pack it again")
-        region = length + bytearray(region_bytes - 8)
-        file.read(memoryview(region)[8:], 8, region_bytes - 8)
-        packed = parse_packed_region(bytes(region), file.bytes, where)
-        check_agreement(manifest, packed, where.parent)
-        return bytes(region), packed
 
     # ---- the weights ------------------------------------------------------------------------------------------
 
@@ -175,6 +201,8 @@ class Fetch:
             os.close(descriptor)
 
     def _chunk(self, file: RemoteFile, packed: PackedHeader, chunk: int, memory: memoryview, descriptor: int) -> None:
+        if self._before is not None:
+            self._before()
         if self._stop.is_set():
             raise CheckpointError(f"fetching {self._source.name} was cancelled")
         begin, end = packed.chunk_span(chunk)

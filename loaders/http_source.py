@@ -21,9 +21,12 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 from loaders.errors import CheckpointError
 
 TIMEOUT_SECONDS = 20.0
+CONNECT_SECONDS = 5.0
+"""What cannot be interrupted: connecting."""
 PIECE_SECONDS = 120.0
 """A piece that takes longer comes from a server that hangs: no single read does."""
 ATTEMPTS = 5
+HURRIED_ATTEMPTS = 2
 PAUSE_SECONDS = 0.1
 """Before the second attempt; four times as long before each further one."""
 REDIRECTS = 5
@@ -39,9 +42,12 @@ class _Trouble(Exception):
 
 
 class HttpSource:
-    """`address` is the address of the packed directory; its files lie under it."""
+    """`address` is the address of the packed directory; its files lie under it.
 
-    def __init__(self, address: str) -> None:
+    `attempts`: how often what may go away is tried; few where there is another source.
+    """
+
+    def __init__(self, address: str, *, attempts: int = ATTEMPTS) -> None:
         try:
             parts = urlsplit(address)
             usable = bool(parts.hostname) and (parts.port is None or parts.port > 0)
@@ -53,6 +59,7 @@ class HttpSource:
             raise CheckpointError("credentials in an address end up in logs: give an address without them")
         self._base = address.split("?", 1)[0].split("#", 1)[0].rstrip("/") + "/"
         self._query = parts.query
+        self._attempts = attempts
         self._cancelled = threading.Event()
         self._lock = threading.Lock()
         self._open: dict[int, HttpConnection] = {}
@@ -70,7 +77,7 @@ class HttpSource:
 
     def connect(self, url: str) -> HttpConnection:
         """A connection that `cancel` interrupts."""
-        connection = HttpConnection(url, self._forget)
+        connection = HttpConnection(url, self._forget, self._cancelled)
         with self._lock:
             self._open[id(connection)] = connection
         if self._cancelled.is_set():
@@ -108,7 +115,7 @@ class HttpSource:
     def patiently(self, url: str, attempt: Callable[[], Got]) -> Got:
         """Try again what may go away, a few times. CheckpointError says what the last trouble was."""
         pause = PAUSE_SECONDS
-        for number in range(ATTEMPTS):
+        for number in range(self._attempts):
             if self._cancelled.is_set():
                 raise CheckpointError(f"fetching {url} was cancelled")
             try:
@@ -121,10 +128,10 @@ class HttpSource:
                         f"{url}: the certificate of the server is not trusted ({error.reason})"
                     ) from None
                 last = f"{url}: {str(error) or type(error).__name__}"
-            if number + 1 < ATTEMPTS:
+            if number + 1 < self._attempts:
                 self._cancelled.wait(pause)
                 pause *= 4
-        raise CheckpointError(f"{last}; given up after {ATTEMPTS} attempts, try again when the server is well")
+        raise CheckpointError(f"{last}; given up after {self._attempts} attempts, try again when the server is well")
 
     def _url(self, name: str) -> str:
         return self._base + quote(name) + (f"?{self._query}" if self._query else "")
@@ -238,12 +245,17 @@ class HttpFile:
 class HttpConnection:
     """One kept connection; redirects are followed, each to a connection of its own."""
 
-    def __init__(self, url: str, closed: Callable[[HttpConnection], None]) -> None:
-        self._url, self._closed = url, closed
+    def __init__(self, url: str, closed: Callable[[HttpConnection], None], cancelled: threading.Event) -> None:
+        self._url, self._closed, self._cancelled = url, closed, cancelled
         self._connect(url)
 
     def get(self, headers: dict[str, str]) -> http.client.HTTPResponse:
         for _ in range(REDIRECTS):
+            if self._connection.sock is None:
+                self._connection.connect()
+                self._connection.sock.settimeout(TIMEOUT_SECONDS)
+                if self._cancelled.is_set():  # Too early for `interrupt`, which wants a socket.
+                    raise CheckpointError(f"fetching {self._url} was cancelled")
             self._connection.request("GET", self._target, headers={"Accept-Encoding": "identity"} | headers)
             answer = self._connection.getresponse()
             if answer.status not in (301, 302, 303, 307, 308):
@@ -270,7 +282,7 @@ class HttpConnection:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise CheckpointError(f"{self._url}: the server sends us to {url[:200]!r}, which is no http address")
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connection = kind(parts.hostname, parts.port, timeout=TIMEOUT_SECONDS)
+        self._connection = kind(parts.hostname, parts.port, timeout=CONNECT_SECONDS)
         self._target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
 

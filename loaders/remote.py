@@ -51,16 +51,19 @@ class RemoteSource(Protocol):
         ...
 
 
-def open_source(address: str | Path) -> RemoteSource:
-    """The source at `http://`, `https://` or `file://`, or in a directory."""
+def open_source(address: str | Path, *, hurry: bool = False) -> RemoteSource:
+    """The source at `http://`, `https://` or `file://`, or in a directory.
+
+    `hurry`: there is another one, so that this one is given up soon.
+    """
     text = str(address)
     scheme, separator, rest = text.partition("://")
     if not separator:
         return DirectorySource(Path(text))
     if scheme in ("http", "https"):
-        from loaders.http_source import HttpSource
+        from loaders.http_source import ATTEMPTS, HURRIED_ATTEMPTS, HttpSource
 
-        return HttpSource(text)
+        return HttpSource(text, attempts=HURRIED_ATTEMPTS if hurry else ATTEMPTS)
     if scheme == "file":
         return DirectorySource(Path("/" + rest.lstrip("/")))
     raise CheckpointError(f"{text!r} is no place to load from: give a directory, or http://, https:// or file://")

@@ -15,10 +15,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loaders.errors import CheckpointError
+from loaders.errors import CheckpointError, DestinationBusy, DiskFull
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -99,7 +99,8 @@ def replacing_directory(destination: Path) -> Iterator[Path]:
     """A temporary directory to fill; leaving the block makes it `destination`, an exception leaves `destination` as
     it was.
 
-    Raises CheckpointError when another process holds the destination, or when the disk is full or fails.
+    Raises DestinationBusy when another process or thread holds the destination, DiskFull when the disk is full,
+    CheckpointError when it fails.
     """
     parent = destination.parent
     prefix = f".{destination.name}.packing-"
@@ -117,9 +118,17 @@ def replacing_directory(destination: Path) -> Iterator[Path]:
                 remove(temporary)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CheckpointError(f"{parent}: the disk is full; free some space and pack again") from error
+            raise DiskFull(f"{parent}: the disk is full; free some space and pack again") from error
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise CheckpointError(f"{destination} cannot be written: {reason}") from error
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Removes what processes that were killed have left in `parent`; what somebody is at work on stays."""
+    for leftover in sorted(parent.glob(".*.packing-*")):
+        name = leftover.name[1:].rpartition(".packing-")[0]
+        with suppress(CheckpointError, OSError), _only_one(parent / f".{name}.packing", parent / name):
+            remove(leftover)
 
 
 def _commit(temporary: Path, destination: Path) -> None:
@@ -149,7 +158,7 @@ def _only_one(lock: Path, destination: Path) -> Iterator[None]:
             os.close(descriptor)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
-            raise CheckpointError(f"{destination} is being packed by another process; wait until it is done") from error
+            raise DestinationBusy(f"{destination} is being packed by another process; wait until it is done") from error
         try:
             # Between opening and locking, the one before may have removed the file: then this lock protects nothing.
             if os.fstat(descriptor).st_ino == lock.stat().st_ino:

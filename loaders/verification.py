@@ -26,6 +26,7 @@ from loaders.packed import (
 )
 
 Progress = Callable[[int, int], None]
+Before = Callable[[], None]
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,18 +51,29 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """The same as a word: huge, mixed, small or unknown."""
 
 
-def populate_checkpoint(directory: Path, *, verify: bool = True, progress: Progress | None = None) -> Report:
+def populate_checkpoint(
+    directory: Path, *, verify: bool = True, progress: Progress | None = None, before: Before | None = None
+) -> Report:
     """Brings model.safetensors into the page cache and checks every chunk, the header and the files beside it.
 
     Afterwards any process attaches with `open_checkpoint(directory, verify=False, populate=False)`. Raises
     CheckpointError with the damaged chunks and their tensors. `progress(bytes done, bytes in all)` is called from
-    this thread. Does not import torch.
+    this thread, `before()` by each thread before its next chunk: it may wait, and what it raises ends all. Does not
+    import torch.
     """
     started = time.perf_counter()
     directory = Path(directory)
     _, packed, mapping = attach(directory, check_files=verify)
     header_seconds = time.perf_counter() - started
-    return bring_in(mapping, packed, verify=verify, progress=progress, started=started, header_seconds=header_seconds)
+    return bring_in(
+        mapping,
+        packed,
+        verify=verify,
+        progress=progress,
+        before=before,
+        started=started,
+        header_seconds=header_seconds,
+    )
 
 
 def verify_checkpoint(directory: Path, *, progress: Progress | None = None) -> Report:
@@ -106,6 +118,7 @@ def bring_in(
     *,
     verify: bool,
     progress: Progress | None,
+    before: Before | None = None,
     started: float,
     header_seconds: float,
 ) -> Report:
@@ -116,6 +129,8 @@ def bring_in(
     mapping.populate(0, data_start)
 
     def handle(chunk: int) -> tuple[bool, float, float]:
+        if before is not None:
+            before()
         begin, end = packed.chunk_span(chunk)
         begun = time.perf_counter()
         mapping.populate(data_start + begin, data_start + end)

@@ -1,0 +1,81 @@
+"""Work in a thread that the task which waits for it may stop: a cancelled task ends when its thread has."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from typing import TypeVar
+
+Got = TypeVar("Got")
+
+
+class Stopped(Exception):
+    """The work was asked to stop, and has left nothing."""
+
+
+class Stop:
+    """Whether the work is to stop. The work asks often (`check`), and says what interrupts it where it waits."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self._lock = threading.Lock()
+        self._interrupts: dict[int, Callable[[], None]] = {}
+        self._count = 0
+
+    def ask(self) -> None:
+        with self._lock:
+            self._asked.set()
+            interrupts = list(self._interrupts.values())
+        for interrupt in interrupts:
+            interrupt()
+
+    def asked(self) -> bool:
+        return self._asked.is_set()
+
+    def check(self) -> None:
+        """Raises `Stopped` once it was asked."""
+        if self._asked.is_set():
+            raise Stopped
+
+    def wait(self, seconds: float) -> None:
+        """For so long; raises `Stopped` as soon as it is asked."""
+        self._asked.wait(seconds)
+        self.check()
+
+    @contextmanager
+    def interrupting(self, interrupt: Callable[[], None]) -> Iterator[None]:
+        """While the block lasts, `interrupt` is called (once, in another thread) when the work is to stop."""
+        with self._lock:
+            self._count += 1
+            number = self._count
+            self._interrupts[number] = interrupt
+            asked = self._asked.is_set()
+        if asked:
+            interrupt()
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._interrupts[number]
+
+
+async def in_thread(threads: Executor, work: Callable[[Stop], Got]) -> Got:
+    """What `work` returns. When this task is cancelled, the work is asked to stop and waited for.
+
+    So nothing of it is left when this ends. Work that was done all the same counts: its result is returned.
+    """
+    stop = Stop()
+    future = asyncio.wrap_future(threads.submit(work, stop))
+    cancelled = False
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError:
+            cancelled = True
+            stop.ask()
+    if cancelled and future.exception() is not None:
+        raise asyncio.CancelledError
+    return future.result()
