@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from actors.model_sources import SOURCE_NAME, fetch_model, find_at_source, read_source
+from actors.model_sources import fetch_model, find_at_source, read_source
 from actors.stopping import Stop, in_thread
 from actors.store_driver import Loaded, StorageFailed
 from bus.messages import HeldModel, ModelCard, Tier

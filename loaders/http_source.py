@@ -15,7 +15,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from loaders.errors import CheckpointError
@@ -253,7 +253,7 @@ class HttpConnection:
         for _ in range(REDIRECTS):
             if self._connection.sock is None:
                 self._connection.connect()
-                self._connection.sock.settimeout(TIMEOUT_SECONDS)
+                cast(socket.socket, self._connection.sock).settimeout(TIMEOUT_SECONDS)
                 if self._cancelled.is_set():  # Too early for `interrupt`, which wants a socket.
                     raise CheckpointError(f"fetching {self._url} was cancelled")
             self._connection.request("GET", self._target, headers={"Accept-Encoding": "identity"} | headers)

@@ -42,27 +42,27 @@ def models(packed: Path, tmp_path: Path) -> Path:
 
 async def test_a_model_is_found_loaded_evicted_and_deleted(models: Path) -> None:
     driver = StoreDriver("s1", dram_bytes=1 << 30, storage=LocalStorage(models, context_limit=256))
-    found = await driver._obey(FindModel("meta/tiny-1.0"))
+    found = await driver.obey(FindModel("meta/tiny-1.0"))
     assert isinstance(found, ModelFound)
     card = found.card
     assert (card.model, card.context, card.architecture, card.chat) == ("meta/tiny-1.0", 256, "LlamaForCausalLM", True)
-    loaded = await driver._obey(LoadModel(card.model, card.digest))
+    loaded = await driver.obey(LoadModel(card.model, card.digest))
     assert isinstance(loaded, ModelLoaded)
     assert loaded.loaded_bytes == card.weight_bytes
     assert loaded.duration_ns > 0
     started = await driver.open()
     assert isinstance(started, StoreStarted)
     assert [(held.card, held.tier) for held in started.models] == [(card, "dram")]
-    assert await driver._obey(EvictModel(card.model, "room")) == ModelEvicted(card.model)
+    assert await driver.obey(EvictModel(card.model, "room")) == ModelEvicted(card.model)
     started = await driver.open()
     assert isinstance(started, StoreStarted)
     assert started.models[0].tier == "ssd"
-    kept = await driver._obey(DeleteModel(card.model, "another digest"))
+    kept = await driver.obey(DeleteModel(card.model, "another digest"))
     assert isinstance(kept, ModelMissing) and "other weights" in kept.reason
-    assert await driver._obey(DeleteModel(card.model, card.digest)) == ModelDeleted(card.model)
+    assert await driver.obey(DeleteModel(card.model, card.digest)) == ModelDeleted(card.model)
     assert list(models.iterdir()) == []
-    assert isinstance(await driver._obey(FindModel(card.model)), ModelMissing)
-    assert isinstance(await driver._obey(DeleteModel(card.model)), ModelMissing)
+    assert isinstance(await driver.obey(FindModel(card.model)), ModelMissing)
+    assert isinstance(await driver.obey(DeleteModel(card.model)), ModelMissing)
 
 
 async def test_what_nobody_checked_does_not_count_as_being_in_dram(models: Path) -> None:
@@ -74,12 +74,12 @@ async def test_what_nobody_checked_does_not_count_as_being_in_dram(models: Path)
 async def test_a_flipped_bit_is_refused(models: Path) -> None:
     storage = LocalStorage(models)
     driver = StoreDriver("s1", dram_bytes=1 << 30, storage=storage)
-    card = await storage.find("meta/tiny-1.0")
+    card = (await storage.find("meta/tiny-1.0")).card
     weights = models / "meta=2Ftiny-1=2E0" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1000] ^= 1
     weights.write_bytes(data)
-    failed = await driver._obey(LoadModel(card.model, card.digest))
+    failed = await driver.obey(LoadModel(card.model, card.digest))
     assert isinstance(failed, LoadFailed)
     assert failed.gone
     assert "damaged" in failed.reason

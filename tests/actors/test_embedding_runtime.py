@@ -79,8 +79,8 @@ async def test_a_packed_decoder_makes_those_of_its_last_token(models: Path) -> N
 
 async def test_cards_tell_encoders_from_decoders(models: Path) -> None:
     storage = LocalStorage(models)
-    assert (await storage.find("bert")).kind == "encoder"
-    card = await storage.find("llama")
+    assert (await storage.find("bert")).card.kind == "encoder"
+    card = (await storage.find("llama")).card
     assert card.kind == "decoder" and b'"kind"' not in encode(card), "as cards were before there were encoders"
 
 

@@ -87,7 +87,7 @@ async def test_effects_are_obeyed_in_order() -> None:
     storage.cards["broken"] = card("broken")
     driver = StoreDriver("s1", dram_bytes=1, storage=storage)
     answers = [
-        await driver._obey(message)
+        await driver.obey(message)
         for message in (
             LoadModel("a", "d1"),
             EvictModel("a", "room"),
