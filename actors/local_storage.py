@@ -141,6 +141,8 @@ class LocalStorage:
             with self._precedence.turn("disk", urgent=urgent) as turn:
                 self._bring_to_dram(model, lambda: _wait(turn.wait, stop))
         except CheckpointError as error:
+            known = read_source(self._path(model))
+            sources = sources or ((known,) if known else ())
             if not sources:
                 raise StorageFailed(str(error), gone=True) from error
             logger.warning("%s is fetched again: %s", model, error)
@@ -157,7 +159,7 @@ class LocalStorage:
         card = self._card(model)
         if not self._lies_in_dram(model, card):
             self._load_from_ssd(model, digest, (), urgent, stop)
-        return Loaded(card.weight_bytes, "remote")
+        return Loaded(card.weight_bytes, "remote", sources[-1])
 
     # ---- in a thread: the DRAM tier ---------------------------------------------------------------------------
 

@@ -45,10 +45,11 @@ class StorageFailed(Exception):
 
 
 class Loaded(NamedTuple):
-    """What a load brought to DRAM, in bytes, and the tier it came from: `ssd` or `remote`."""
+    """What a load brought to DRAM, in bytes, the tier it came from, and from `remote`: where it can be had again."""
 
     bytes: int
     tier: Tier
+    source: str = ""
 
 
 class Storage(Protocol):
@@ -154,7 +155,7 @@ class StoreDriver:
             loaded = await self._storage.load(message.model, message.digest, message.sources, message.urgent)
         except StorageFailed as failed:
             return LoadFailed(message.model, str(failed)[:4000], failed.gone)
-        return ModelLoaded(message.model, loaded.bytes, int((now() - began) * 1e9), loaded.tier)
+        return ModelLoaded(message.model, loaded.bytes, int((now() - began) * 1e9), loaded.tier, loaded.source)
 
 
 class _Errand:

@@ -48,7 +48,7 @@ class StubStorage:
         if tier == "remote":
             self.cards[model], self.origins[model] = card, sources[-1]
         self.resident[model] = True
-        return Loaded(card.weight_bytes, tier)
+        return Loaded(card.weight_bytes, tier, sources[-1] if tier == "remote" else "")
 
     async def evict(self, model: str, tier: Tier = "dram") -> None:
         self.resident.pop(model, None)

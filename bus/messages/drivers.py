@@ -91,7 +91,7 @@ class LoadModel(Message, frozen=True, tag="model.load"):
 
 
 class ModelLoaded(Message, frozen=True, tag="model.loaded"):
-    """`tier`: from where its bytes came; `source`: from which place, where that was remote."""
+    """`tier`: from where its bytes came; `source`: where it can be had again, where that was remote."""
 
     model: Name
     loaded_bytes: Count
