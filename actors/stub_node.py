@@ -1,6 +1,7 @@
 """A server without models, as a process of its own: real drivers over NATS, stub engines. For benches and tests.
 
 python -m actors.stub_node --nats URL --cell NAME [--workers 1] [--models 1] [--step-seconds 0] [--slots 64]
+    [--memory-mib 100]
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ async def run_stub_node(
     step_seconds: float = 0.0,
     slots: int = 64,
     models: int = 1,
+    memory_mib: int = 100,
 ) -> None:
     """Until SIGTERM. The models are `stub`, `stub-1`, `stub-2` and so on."""
     ending = asyncio.Event()
@@ -67,7 +69,7 @@ async def run_stub_node(
             subjects,
             server,
             index,
-            memory_bytes=100 * MIB,
+            memory_bytes=memory_mib * MIB,
             max_slots=slots,
             runtime=StubRuntime(step_seconds=step_seconds),
             process=os.getpid(),
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--step-seconds", type=float, default=0.0)
     parser.add_argument("--models", type=int, default=1)
+    parser.add_argument("--memory-mib", type=int, default=100)
     options = parser.parse_args()
     import uvloop
 
@@ -105,6 +108,7 @@ def main() -> None:
             step_seconds=options.step_seconds,
             slots=options.slots,
             models=options.models,
+            memory_mib=options.memory_mib,
         )
     )
 

@@ -38,10 +38,18 @@ class LiveCell:
         return child
 
     async def add_node(
-        self, server: str, *, workers: int = 1, step_seconds: float = 0.0, slots: int = 64, models: int = 1
+        self,
+        server: str,
+        *,
+        workers: int = 1,
+        step_seconds: float = 0.0,
+        slots: int = 64,
+        models: int = 1,
+        memory_mib: int = 100,
     ) -> Child:
         base = ["--nats", self.server.url, "--cell", CELL, "--server", server, "--workers", str(workers)]
         arguments = [*base, "--step-seconds", str(step_seconds), "--slots", str(slots), "--models", str(models)]
+        arguments += ["--memory-mib", str(memory_mib)]
         child = Child(f"node-{server}", arguments, self.folder / f"node-{server}.log", module="actors.stub_node")
         self.nodes.append(child)
         await child.start()
