@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from staged import LENGTH, STAGES, Staged, plan, staged
 
+from actors.worker_runtime import AttachRefused
 from bus.contract import Record
+from chaos.machines import SimulatedRuntime
 
 FAULTS: dict[str, Callable[[Staged, Record], None]] = {
     "source dies": lambda world, record: world.kill(world.source, record, before_answer=True),
@@ -124,3 +127,21 @@ def test_a_reader_that_left_comes_back_for_the_rest(stage: str) -> None:
     verdict, world = staged(plans=[leaving])
     assert verdict.passed, verdict.violations
     assert world.applications[0].read == [LENGTH]
+
+
+def test_a_destination_that_lacks_memory_after_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It attaches nothing: the answer stays where it is, and nobody tries for ever."""
+    attach, attached = SimulatedRuntime.attach, []
+
+    async def refuse(self: SimulatedRuntime, model: str, *arguments: Any, **named: Any) -> Any:
+        attached.append(self)
+        if self is not attached[0]:
+            raise AttachRefused("the device has no memory left", retry=True)
+        return await attach(self, model, *arguments, **named)
+
+    monkeypatch.setattr(SimulatedRuntime, "attach", refuse)
+    verdict, world = staged()
+    assert verdict.passed, verdict.violations
+    assert world.applications[0].read == [LENGTH]
+    assert [ended.get("moved", False) for ended in world.ended_moves] == [False]
+    assert 1 < len(attached) < 12

@@ -104,7 +104,8 @@ class MemoryTestWorld:
 
 
 class Proxy:
-    """TCP between one client and the server. It can refuse connections and swallow what the server says."""
+    """TCP between one client and the server. It can refuse connections, swallow what the server says, and be slow: each
+    piece comes `delay` seconds late."""
 
     def __init__(self, port: int) -> None:
         self._target = port
@@ -113,6 +114,7 @@ class Proxy:
         self._tasks: list[asyncio.Task[None]] = []
         self.refusing = False
         self.deaf = False
+        self.delay = 0.0
 
     async def start(self) -> str:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -132,6 +134,8 @@ class Proxy:
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, from_server: bool) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
+                if self.delay:
+                    await asyncio.sleep(self.delay)
                 if not (from_server and self.deaf):
                     writer.write(data)
                     await writer.drain()

@@ -46,8 +46,9 @@ class LiveCell:
         slots: int = 64,
         models: int = 1,
         memory_mib: int = 100,
+        nats: str = "",
     ) -> Child:
-        base = ["--nats", self.server.url, "--cell", CELL, "--server", server, "--workers", str(workers)]
+        base = ["--nats", nats or self.server.url, "--cell", CELL, "--server", server, "--workers", str(workers)]
         arguments = [*base, "--step-seconds", str(step_seconds), "--slots", str(slots), "--models", str(models)]
         arguments += ["--memory-mib", str(memory_mib)]
         child = Child(f"node-{server}", arguments, self.folder / f"node-{server}.log", module="actors.stub_node")
