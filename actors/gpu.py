@@ -236,6 +236,7 @@ class Gpu(Actor):
         if instance is None or instance.status != "waiting":
             return [To(self._store, LeaseReturned(self.name, message.model))]
         instance.leased, instance.digest, instance.tier = True, message.digest, message.tier
+        instance.streamed = message.streamed
         return self._attach(message.model, instance)
 
     def on_LeaseRefused(self, message: LeaseRefused, now: int) -> list[To]:
@@ -252,7 +253,9 @@ class Gpu(Actor):
         if instance.status != "waiting" or not instance.leased or instance.evicting:
             return []
         instance.status = "attaching"
-        attach = AttachModel(model, instance.digest, instance.slots, instance.kv_bytes, instance.context)
+        attach = AttachModel(
+            model, instance.digest, instance.slots, instance.kv_bytes, instance.context, instance.streamed
+        )
         return [To(self._driver, attach)]
 
     def on_ModelAttached(self, message: ModelAttached, now: int) -> list[To]:

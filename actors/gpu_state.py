@@ -22,6 +22,7 @@ class Instance(msgspec.Struct):
     leased: bool = False
     digest: str = ""
     tier: Tier = "ssd"
+    streamed: bool = False
     sources: tuple[str, ...] = ()
     urgent: bool = True
     card: ModelCard | None = None

@@ -17,8 +17,9 @@ from typing import TypeVar
 from actors.worker_runtime import AttachRefused, EncodedPrompt, PromptRefused, StepResult, sampling_of
 from bus.messages import Generation, Input
 from bus.subjects import escape_model, unescape_model
-from loaders import CheckpointError, Manifest, open_checkpoint, read_manifest
+from loaders import CheckpointError, Manifest, load_checkpoint, open_checkpoint, read_manifest
 from loaders.manifest import MANIFEST_NAME
+from loaders.shared_memory_tier import weights_directory
 from models.contract import Engine, Sampling, SequenceStart
 from models.errors import ModelError
 from models.instance import Instance, Prepared, load_instance, prepare, text_decoder
@@ -37,7 +38,8 @@ logger = logging.getLogger("longshore.worker")
 
 
 class LocalRuntime:
-    """Obeys `actors.worker_runtime.WorkerRuntime`. `models` is the directory of packed models.
+    """Obeys `actors.worker_runtime.WorkerRuntime`. `models` is the directory of packed models, `dram` that of their
+    copies in shared memory, where the server has such.
 
     What can be done before a model is wanted is done while the device is idle (`keep_prepared`): an attach then only
     maps the weights and puts them in their places.
@@ -46,8 +48,16 @@ class LocalRuntime:
     which is to end the process.
     """
 
-    def __init__(self, models: Path, *, device: str = "cpu", give_up: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        models: Path,
+        *,
+        device: str = "cpu",
+        dram: Path | None = None,
+        give_up: Callable[[], None] | None = None,
+    ) -> None:
         self.device = device
+        self._dram = dram
         self._models = models
         self._give_up = give_up
         self._instances: dict[str, Instance] = {}
@@ -71,8 +81,12 @@ class LocalRuntime:
                 self._give_up()
             raise
 
-    async def attach(self, model: str, digest: str, *, slots: int, kv_bytes: int, context: int) -> Engine:
-        instance = await self._in(self._attaching, lambda: self._load(model, digest, slots, kv_bytes, context))
+    async def attach(
+        self, model: str, digest: str, *, slots: int, kv_bytes: int, context: int, streamed: bool = False
+    ) -> Engine:
+        instance = await self._in(
+            self._attaching, lambda: self._load(model, digest, slots, kv_bytes, context, streamed)
+        )
         return instance.engine
 
     async def detach(self, model: str) -> None:
@@ -110,17 +124,23 @@ class LocalRuntime:
 
     # ---- in a thread ------------------------------------------------------------------------------------------
 
-    def _load(self, model: str, digest: str, slots: int, kv_bytes: int, context: int) -> Instance:
+    def _load(self, model: str, digest: str, slots: int, kv_bytes: int, context: int, streamed: bool) -> Instance:
         try:
             directory = self._models / escape_model(model)
+            if self._dram is not None and not streamed:
+                directory = weights_directory(self._dram, directory)
             checkpoint = open_checkpoint(directory, verify=False, populate=False)
             if checkpoint.manifest.digest != digest:
                 raise AttachRefused(f"the weights of {model} here are not the ones that were placed", retry=True)
             manifest, prepared = self._prepared.pop(model, (None, None))
-            mapping = self._mapping.submit(checkpoint.map_pages) if self.device == "cpu" else None
+            mapping = self._mapping.submit(checkpoint.map_pages) if self.device == "cpu" and not streamed else None
+            tensors = checkpoint.tensors
+            if streamed:
+                # Into memory of this worker's own, or through a ring of chunks onto its device: checked on the way.
+                tensors = load_checkpoint(directory, device=self.device, way="direct").tensors
             instance = load_instance(
                 directory,
-                checkpoint.tensors,
+                tensors,
                 device=self.device,
                 kv_bytes=kv_bytes,
                 max_slots=slots,

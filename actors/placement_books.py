@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from actors.actor import Actor
 from actors.placement_state import (
+    LARGEST,
     KnownModel,
     PlacementState,
     RunningInstance,
@@ -51,7 +52,7 @@ class PlacementBooks(Actor):
         """The model is on its way to DRAM where an instance starts from SSD or from remote."""
         name = model.card.model
         tier = model.servers.get(server_name, "remote")
-        if tier == "dram" or not server.up:
+        if tier == "dram" or not server.up or (self.rules >= 3 and server.streams(model.card)):
             return
         for worker_name in model.instances:
             worker = self.state.workers[worker_name]
@@ -131,7 +132,7 @@ class PlacementBooks(Actor):
         card = model.card
         fetched = bool(model.source or any(self.state.servers[name].address for name in model.servers))
         holders = self.state.servers if fetched else model.servers
-        servers = {name: self.state.servers[name].dram_bytes for name in holders}
+        servers = {name: self._takes(name, model) for name in holders}
         if servers and card.weight_bytes > max(servers.values()):
             largest = max(servers.values())
             return f"{card.model} needs {card.weight_bytes} bytes of DRAM; the largest budget is {largest}"
@@ -145,6 +146,11 @@ class PlacementBooks(Actor):
             f"{card.model} needs {need} bytes of device memory for its weights and one full context; "
             f"the largest worker has {largest}"
         )
+
+    def _takes(self, server: str, model: KnownModel) -> int:
+        """How large this model may be there: what lies on the SSD may be streamed from it, from rule version 3 on."""
+        on_ssd = model.servers.get(server, "remote") != "remote"
+        return LARGEST if self.rules >= 3 and on_ssd else self.state.servers[server].dram_bytes
 
     def _index(self, worker: str, model: KnownModel, instance: RunningInstance) -> None:
         """Keep `model.open` true after the status or the slots in use of one of its instances changed."""

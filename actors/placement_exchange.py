@@ -135,14 +135,14 @@ def start_time(state: PlacementState, model: KnownModel, worker: Worker, peers: 
     return sum(loading_times(state.servers[worker.server], model.card, tier)) + model.attach_ns
 
 
-def drain_time(state: PlacementState, model: KnownModel, now: int) -> int:
+def drain_time(state: PlacementState, model: KnownModel, now: int, rules: int) -> int:
     """Nanoseconds until the model runs where what loses least is waited for; 0 where that is not known.
 
     What is left to a sequence: the mean time that those of its model had a slot, less what it has had; one that is
     beyond the mean is expected to stay as long again as it is beyond it, a quarter of the mean at the least.
     """
     room = state.room.get(model.card.model)
-    chosen = (room.worker, room.victims) if room is not None else choose_drain(state, model)
+    chosen = (room.worker, room.victims) if room is not None else choose_drain(state, model, rules=rules)
     if chosen is None:
         return 0
     longest = 0
@@ -188,7 +188,7 @@ def _weigh_place(
     server = state.servers[worker.server]
     _, kv_bytes = kv_plan(model.card, worker.memory_bytes, worker.max_slots)
     short = model.card.weight_bytes + kv_bytes - worker.free()
-    dram = dram_short(server, model.card, [])
+    dram = dram_short(server, model.card, [], rules)
     choices = [_Choice()]
     for victim, instance in least_used(worker):
         if victim in older or not _may_go(state, model, place, victim, instance, now):

@@ -59,7 +59,7 @@ class PlacementExchanges(PlacementPump):
         found = choose_exchange(self.state, model, now, self.rules)
         if found is None:
             return None
-        drain_ns, start_ns = drain_time(self.state, model, now), options[0].total_ns if options else 0
+        drain_ns, start_ns = drain_time(self.state, model, now, self.rules), options[0].total_ns if options else 0
         known = [other for other in (drain_ns, start_ns) if other]
         if known and not _is_worth(found, min(known)):
             return None

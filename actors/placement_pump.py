@@ -152,7 +152,8 @@ class PlacementPump(PlacementBooks):
         )
         model.instances[candidate.worker] = True
         server = self.state.servers[worker.server]
-        lease = server.leased.setdefault(name, Lease(0, model.card.weight_bytes))
+        in_dram = 0 if self.rules >= 3 and server.streams(model.card) else model.card.weight_bytes
+        lease = server.leased.setdefault(name, Lease(0, in_dram))
         lease.workers += 1
         self._note_loading(worker.server, server, model)
         undrained = self._undrain(name, now)
@@ -189,7 +190,7 @@ class PlacementPump(PlacementBooks):
         room = self.state.room.get(name)
         if room is None or not room.victims:
             self.state.room.pop(name, None)
-            chosen = choose_drain(self.state, model)
+            chosen = choose_drain(self.state, model, rules=self.rules)
             if chosen is None:
                 return []
             room = self.state.room[name] = Room(*chosen)

@@ -117,7 +117,7 @@ def _weigh(
     if victims is None:
         return None
     promised = [other for place, other in reserved.items() if state.workers[place].server == worker.server]
-    if not _find_dram(server, card, worker, victims, promised):
+    if not _find_dram(server, card, worker, victims, promised, rules):
         return None
     queue_ns, load_ns = loading_times(server, card, tier)
     busy = _busy(state, worker) if rules >= 2 else 0
@@ -135,6 +135,8 @@ def nearest_tier(
     tier = model.servers.get(server_name, "remote")
     if server is None or not server.up or server_name in model.replaced or server_name in state.draining:
         return None
+    if tier == "remote" and server.streams(model.card):
+        return None  # it is streamed from the SSD only
     if tier == "remote" and not model.source and all(name == server_name for name, _ in peers):
         return None
     return tier
@@ -209,12 +211,14 @@ def _can_go(instance: RunningInstance, *, idle_only: bool) -> bool:
     return instance.status == "running"
 
 
-def _find_dram(server: Server, card: ModelCard, worker: Worker, victims: list[str], promised: list[ModelCard]) -> bool:
+def _find_dram(
+    server: Server, card: ModelCard, worker: Worker, victims: list[str], promised: list[ModelCard], rules: int
+) -> bool:
     """Whether the server's DRAM can take the model beside what is leased, loading or promised to older requests.
 
     Adds further idle instances of this worker to `victims` where that is what it takes.
     """
-    short = dram_short(server, card, promised)
+    short = dram_short(server, card, promised, rules)
     if short <= 0:
         return True
     for victim in victims:
@@ -230,12 +234,18 @@ def _find_dram(server: Server, card: ModelCard, worker: Worker, victims: list[st
     return False
 
 
-def dram_short(server: Server, card: ModelCard, promised: list[ModelCard]) -> int:
-    """Bytes by which the DRAM budget is exceeded if the model comes to what stays there; 0 or less for none."""
+def dram_short(server: Server, card: ModelCard, promised: list[ModelCard], rules: int) -> int:
+    """Bytes by which the DRAM budget is exceeded if the model comes to what stays there; 0 or less for none.
+
+    From rule version 3 on, what is larger than the whole budget is streamed and takes none of it.
+    """
+    if rules >= 3 and server.streams(card):
+        return 0
     sizes = {name: lease.weight_bytes for name, lease in server.leased.items()}
     sizes.update(server.loading)
     for other in promised:
-        sizes[other.model] = other.weight_bytes
+        if rules < 3 or not server.streams(other):
+            sizes[other.model] = other.weight_bytes
     sizes[card.model] = card.weight_bytes
     return sum(sizes.values()) - server.dram_bytes
 
@@ -246,7 +256,7 @@ def dram_freed(server: Server, name: str) -> int:
     return lease.weight_bytes if lease is not None and lease.workers == 1 and name not in server.loading else 0
 
 
-def choose_drain(state: PlacementState, model: KnownModel) -> tuple[str, list[tuple[str, str]]] | None:
+def choose_drain(state: PlacementState, model: KnownModel, *, rules: int) -> tuple[str, list[tuple[str, str]]] | None:
     """The worker that loses least by making room for the model, and which instances go, as (worker, model), on this
     worker for the device and on any worker of its server for DRAM; None where nothing should be drained.
 
@@ -261,7 +271,8 @@ def choose_drain(state: PlacementState, model: KnownModel) -> tuple[str, list[tu
         server = state.servers.get(worker.server)
         if server is None or not server.up or name in drained:
             continue
-        if model.servers.get(worker.server, "remote") == "remote" and not sources_for(state, model, worker.server):
+        far = model.servers.get(worker.server, "remote") == "remote"
+        if far and (server.streams(card) or not sources_for(state, model, worker.server)):
             continue
         if worker.server in state.draining:
             continue
@@ -272,7 +283,7 @@ def choose_drain(state: PlacementState, model: KnownModel) -> tuple[str, list[tu
         if on_device is None:
             continue
         victims = [(name, victim) for victim in on_device]
-        short = dram_short(server, card, []) - sum(dram_freed(server, victim) for victim in on_device)
+        short = dram_short(server, card, [], rules) - sum(dram_freed(server, victim) for victim in on_device)
         if short > 0 and not _drain_dram(state, worker.server, short, kept, victims):
             continue
         if not victims:

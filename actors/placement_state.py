@@ -68,6 +68,10 @@ class Server(msgspec.Struct):
     ssd_error_ns: int = 0
     remote_error_ns: int = 0
 
+    def streams(self, card: ModelCard) -> bool:
+        """Whether the model is larger than the budget of DRAM, so that its worker reads it from the SSD itself."""
+        return card.weight_bytes > self.dram_bytes
+
     def rate(self, model: str) -> int:
         """Bytes per second of the load of this model that is under way."""
         return self.remote_rate if model in self.fetching else self.ssd_rate

@@ -8,6 +8,8 @@ Rules
   outlive a restart of the storage driver, as the mapped pages do.
 * Room is made by evicting what is not leased, that whose loss costs least (`actors.store_room`); the eviction says why.
   From the SSD only what can be fetched again goes.
+* A model larger than the budget of DRAM is never brought there: its worker streams it, and its lease keeps the files on
+  the SSD (from rule version 3 on).
 * A load that nobody waits for any more is broken off, if whoever wanted it says so.
 * Nothing is evicted in vain: room that cannot be made is refused before anything goes.
 * The driver obeys in order, so an eviction counts as done for the decisions that follow it.
@@ -75,7 +77,7 @@ class Store(Actor):
             if known is not None and known.card.digest == held.card.digest:
                 model.source = held.source or known.source
                 model.leases, model.used_at, model.dropping = known.leases, known.used_at, known.dropping
-                model.tier = "dram" if known.leases else held.tier
+                model.tier = "dram" if any(known.leases.values()) else held.tier
                 said += self._refuse(held.card.model, known, "the storage driver restarted", retry=True)
             elif known is not None:
                 said += self._refuse(held.card.model, known, "the model was replaced", retry=True)
@@ -146,6 +148,9 @@ class Store(Actor):
         if model.loading:
             model.waiting[message.worker] = True
             return []
+        if model.tier == "ssd" and self.rules >= 3 and model.card.weight_bytes > self.state.dram_bytes:
+            model.leases[message.worker] = False
+            return [To(message.worker, LeaseGranted(message.model, model.card.digest, "ssd", streamed=True))]
         if model.tier == "remote":
             model.card = message.card or model.card
             model.sources = message.sources or ((model.source,) if model.source else ())

@@ -15,7 +15,7 @@ LARGEST = 2**62
 
 
 class StoredModel(msgspec.Struct):
-    """One model on this server. `leases` and `waiting` are keyed by worker, as ordered sets.
+    """One model on this server. `leases` and `waiting` are keyed by worker; a lease is false where it is streamed.
 
     `dropping`: to be deleted when nobody uses it; `deleting`: the driver is told, and for placement it is gone;
     `newer`: what replaces it then, to be fetched if `newer_remote`. `source`: where it can be fetched; `sources`: where

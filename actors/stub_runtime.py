@@ -41,7 +41,9 @@ class StubRuntime:
     async def reset(self) -> None:
         self.engines.clear()
 
-    async def attach(self, model: str, digest: str, *, slots: int, kv_bytes: int, context: int) -> Engine:
+    async def attach(
+        self, model: str, digest: str, *, slots: int, kv_bytes: int, context: int, streamed: bool = False
+    ) -> Engine:
         if self.attach_seconds:
             await asyncio.sleep(self.attach_seconds)
         reason = self.refuse.get(model)

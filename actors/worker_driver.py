@@ -194,6 +194,7 @@ class _Work:
                 slots=message.slots,
                 kv_bytes=message.kv_bytes,
                 context=message.context,
+                streamed=message.streamed,
             )
         except AttachRefused as refused:
             self._epoch.state(AttachFailed(message.model, str(refused)[:4000], refused.retry), answers=number)

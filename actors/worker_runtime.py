@@ -70,8 +70,10 @@ class WorkerRuntime(Protocol):
         """Let go of every model, as if just made."""
         ...
 
-    async def attach(self, model: str, digest: str, *, slots: int, kv_bytes: int, context: int) -> Engine:
-        """Make a model computable that lies in DRAM. Raises `AttachRefused`."""
+    async def attach(
+        self, model: str, digest: str, *, slots: int, kv_bytes: int, context: int, streamed: bool = False
+    ) -> Engine:
+        """Make a model computable that lies in DRAM, or is read from the SSD if `streamed`. Raises `AttachRefused`."""
         ...
 
     async def detach(self, model: str) -> None:

@@ -409,7 +409,14 @@ _say(
     m.LeaseReturned,
     lambda e, s, r: f"{e.worker} needs {e.model} no longer" + (": nobody wants it" if e.abandoned else ""),
 )
-_say(m.LeaseGranted, lambda e, s, r: f"{e.model} lies in DRAM for {r}, from {_tier(e.tier)}")
+_say(
+    m.LeaseGranted,
+    lambda e, s, r: (
+        f"{e.model} is larger than the budget of DRAM: {r} reads it from the SSD itself"
+        if e.streamed
+        else f"{e.model} lies in DRAM for {r}, from {_tier(e.tier)}"
+    ),
+)
 _say(m.LeaseRefused, lambda e, s, r: f"{e.model} does not get into DRAM for {r}{why(e.reason)}{_retry(e.retry)}")
 _say(m.PlacementDecided, lambda e, s, r: _decided(e))
 _say(m.PlacementExchanged, lambda e, s, r: _exchanged(e))
@@ -471,7 +478,10 @@ _say(m.ModelDeleted, lambda e, s, r: f"{s} deleted {e.model}")
 
 _say(
     m.AttachModel,
-    lambda e, s, r: f"{r}: attach {e.model} with {plural(e.slots, 'slot')} and {size(e.kv_bytes)} for their cache",
+    lambda e, s, r: (
+        f"{r}: attach {e.model}{', read from the SSD,' if e.streamed else ''} with {plural(e.slots, 'slot')} "
+        f"and {size(e.kv_bytes)} for their cache"
+    ),
 )
 _say(
     m.ModelAttached,

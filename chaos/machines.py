@@ -93,13 +93,15 @@ class SimulatedRuntime(StubRuntime):
         self.used.clear()
         await super().reset()
 
-    async def attach(self, model: str, digest: str, *, slots: int, kv_bytes: int, context: int) -> Any:
+    async def attach(
+        self, model: str, digest: str, *, slots: int, kv_bytes: int, context: int, streamed: bool = False
+    ) -> Any:
         await asyncio.sleep(0.01 + 0.2 * self._random.random())
         if model == self._options.cursed:
             raise AttachRefused(f"{model} has a tensor that no engine knows")
         if self._fails(self._options.troubles.attach_failed):
             raise AttachRefused("the device has no memory left", retry=True)
-        engine = await super().attach(model, digest, slots=slots, kv_bytes=kv_bytes, context=context)
+        engine = await super().attach(model, digest, slots=slots, kv_bytes=kv_bytes, context=context, streamed=streamed)
         weights = next(card.weight_bytes for card in self._options.models if card.model == model)
         self.used[model] = weights + kv_bytes
         if sum(self.used.values()) > self._options.memory_bytes:

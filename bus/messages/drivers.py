@@ -176,13 +176,17 @@ class ModelDeleted(Message, frozen=True, tag="model.deleted"):
 
 
 class AttachModel(Message, frozen=True, tag="model.attach"):
-    """Effect: make the model, which lies in DRAM, computable. Answer: model.attached, attach.failed."""
+    """Effect: make the model, which lies in DRAM, computable. Answer: model.attached, attach.failed.
+
+    `streamed`: it does not lie there, and is to be read from the SSD into the worker's own memory, past the page cache.
+    """
 
     model: Name
     digest: Annotated[str, Meta(max_length=128)]
     slots: Positive
     kv_bytes: Positive
     context: Positive
+    streamed: bool = False
 
 
 class ModelAttached(Message, frozen=True, tag="model.attached"):

@@ -245,11 +245,15 @@ class LeaseReturned(Message, frozen=True, tag="lease.returned"):
 
 
 class LeaseGranted(Message, frozen=True, tag="lease.granted"):
-    """store > gpu: the model lies in DRAM. `tier`: from where it came."""
+    """store > gpu: the model lies in DRAM. `tier`: from where it came.
+
+    `streamed`: it is larger than the budget of DRAM; its files stay on the SSD, and the worker reads them itself.
+    """
 
     model: Name
     digest: Annotated[str, Meta(max_length=128)]
     tier: Tier
+    streamed: bool = False
 
 
 class LeaseRefused(Message, frozen=True, tag="lease.refused"):
