@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import msgspec
 
-from actors import control, driver_core, replica, token_writer, worker_prompts
+from actors import control, driver_core, replica, token_writer, worker_following, worker_prompts
 from actors.cell import Cell, Step
 from actors.rules import KNOWN_RULES
 from bus.contract import Appended, Bus, Record
@@ -18,6 +19,7 @@ from bus.memory_stream import MemoryStream
 from bus.messages import FactEnvelope, SealTokens, SequencesSealed, encode, kind_of
 from bus.ordering import FactOrder, TakenFact, _read_body, _taken
 from bus.subjects import FactSubject, Subjects
+from models.stub import StubEngine
 
 Mutation = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -129,3 +131,25 @@ def old_programs_go_on() -> contextlib.AbstractContextManager[Any]:
                     actor.rules = self.rules
 
     return mock.patch.object(Cell, "take", take)
+
+
+def heirs_do_not_wait() -> contextlib.AbstractContextManager[Any]:
+    """A destination decodes as soon as its cache is computed, while the source goes on."""
+    admit = StubEngine.admit
+
+    def impatient(self: StubEngine, start: Any) -> None:
+        admit(self, dataclasses.replace(start, held=False))
+
+    return mock.patch.object(StubEngine, "admit", impatient)
+
+
+def heirs_forget_what_they_read() -> contextlib.AbstractContextManager[Any]:
+    """A destination goes on from the position that it is told, with the last token that it read twice."""
+    take = worker_following.FollowedSequence.take
+
+    def forgetful(self: worker_following.FollowedSequence, part: Any) -> None:
+        take(self, part)
+        if len(self.tokens) > 1:
+            self.tokens[-1] = self.tokens[-2]
+
+    return mock.patch.object(worker_following.FollowedSequence, "take", forgetful)
