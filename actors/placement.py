@@ -121,8 +121,14 @@ class Placement(PlacementDrain):
         for held in message.models:
             known = self._know(held.card)
             known.servers[message.server] = held.tier
-            known.source = held.source or known.source
+            self._adopt_source(known, held.source)
             known.replaced.pop(message.server, None)
+        # What no server knew how to fetch so far; the others are told what to fetch when it starts there.
+        said += [
+            To(f"store/{message.server}", LookForModel(name, source))
+            for name, source in self.state.sources.items()
+            if name not in self.state.models
+        ]
         return [*said, *self._refuse_too_large(), *self._pump(now)]
 
     def on_ServerGone(self, message: ServerGone, now: int) -> list[To]:
@@ -136,7 +142,7 @@ class Placement(PlacementDrain):
         if message.duration_ns:
             server.learn(message.loaded_from, message.card.weight_bytes, message.duration_ns)
         model = self._know(message.card)
-        model.source = message.source or model.source
+        self._adopt_source(model, message.source)
         model.servers[message.server] = message.tier
         model.replaced.pop(message.server, None)
         self._note_loading(message.server, server, model)
@@ -166,21 +172,26 @@ class Placement(PlacementDrain):
 
     def on_ModelAdded(self, message: ModelAdded, now: int) -> list[To]:
         model = self.state.models.get(message.model)
+        if message.source:
+            self.state.sources[message.model] = message.source
         if model is not None:
             model.removed, model.failures, model.failed_on = False, 0, {}
-            model.source = message.source or model.source
+            self._adopt_source(model, "")
             self.state.removing.pop(message.model, None)
         # Servers that are away are asked, too: they must not delete it when they are back.
-        look = LookForModel(message.model, message.source)
+        look = LookForModel(message.model, self.state.sources.get(message.model, ""))
         return [To(f"store/{name}", look) for name in self.state.servers]
 
     def on_ModelRemoved(self, message: ModelRemoved, now: int) -> list[To]:
+        self.state.sources.pop(message.model, None)
         model = self.state.models.get(message.model)
         if model is None:
             return []
         model.removed = True
         self.state.removing[message.model] = True
+        model.source = ""
         said = self._refuse_waiting(message.model, "unknown_model", f"{message.model} was removed")
+        said += self._abandon(message.model)
         said += [To(f"store/{name}", DropModel(message.model)) for name in model.servers]
         return [*said, *self._pump(now)]
 

@@ -6,6 +6,7 @@ The lower half of `actors.placement`: nothing here decides where something start
 from __future__ import annotations
 
 from actors.actor import Actor
+from actors.placement_sources import peers_of
 from actors.placement_state import (
     LARGEST,
     KnownModel,
@@ -48,6 +49,13 @@ class PlacementBooks(Actor):
         self.state.exchange.token_ns.pop(name, None)
         return said
 
+    def _adopt_source(self, model: KnownModel, source: str) -> None:
+        """Where it can be fetched: as an operator said, or as a store found; but a copy of another server is no
+        source, that server may let it go."""
+        name = model.card.model
+        copied = any(one.address and source.startswith(f"{one.address}/") for one in self.state.servers.values())
+        model.source = self.state.sources.get(name) or model.source or ("" if copied else source)
+
     def _note_loading(self, server_name: str, server: Server, model: KnownModel) -> None:
         """The model is on its way to DRAM where an instance starts from SSD or from remote."""
         name = model.card.model
@@ -59,7 +67,8 @@ class PlacementBooks(Actor):
             if worker.server == server_name and worker.instances[name].status == "starting":
                 server.loading.setdefault(name, model.card.weight_bytes)
                 if tier == "remote":
-                    server.fetching[name] = True
+                    asked = [peer for peer, _ in peers_of(self.state, model) if peer != server_name]
+                    server.fetching[name] = asked[0] if asked else ""
                 return
 
     def _note_loaded(self, server: str, model: str) -> None:

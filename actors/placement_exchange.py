@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from actors.placement_sources import peers_of
 from actors.placement_start import (
     DETACH_NS,
     Option,
@@ -26,7 +27,6 @@ from actors.placement_start import (
     least_used,
     loading_times,
     nearest_tier,
-    peers_of,
 )
 from actors.placement_state import SECOND, KnownModel, PlacementState, RunningInstance, Worker, kv_plan
 from actors.resume_times import ResumeTimes

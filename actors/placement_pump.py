@@ -5,10 +5,9 @@ It runs after everything that may have freed or changed something. See the head 
 
 from __future__ import annotations
 
-import msgspec
-
 from actors.placement_books import PlacementBooks
-from actors.placement_start import Option, best_options, choose_drain, sources_for
+from actors.placement_sources import sources_for
+from actors.placement_start import Option, best_options, choose_drain
 from actors.placement_state import (
     FAILURES_LIMIT,
     KnownModel,
@@ -30,6 +29,7 @@ from bus.messages import (
 )
 
 CANDIDATES_SHOWN = 8
+KEPT_NAMED = 16
 
 
 class PlacementPump(PlacementBooks):
@@ -155,6 +155,7 @@ class PlacementPump(PlacementBooks):
         in_dram = 0 if self.rules >= 3 and server.streams(model.card) else model.card.weight_bytes
         lease = server.leased.setdefault(name, Lease(0, in_dram))
         lease.workers += 1
+        sources = sources_for(self.state, model, worker.server) if candidate.tier == "remote" else ()
         self._note_loading(worker.server, server, model)
         undrained = self._undrain(name, now)
         queue = self.state.queues.get(name, {})
@@ -166,12 +167,24 @@ class PlacementPump(PlacementBooks):
             candidates=tuple(option.candidate for option in options[:CANDIDATES_SHOWN]),
             weighed=len(options),
         )
-        start = StartInstance(name, chosen.slots, chosen.kv_bytes, model.card.context, candidate.evict)
-        if candidate.tier == "remote":
-            start = msgspec.structs.replace(
-                start, card=model.card, sources=sources_for(self.state, model, worker.server)
-            )
+        start = StartInstance(
+            name,
+            chosen.slots,
+            chosen.kv_bytes,
+            model.card.context,
+            candidate.evict,
+            sources,
+            card=model.card if candidate.tier == "remote" else None,
+            keep=self._waited_for(worker.server, name) if candidate.tier != "dram" else (),
+        )
         return [To(candidate.worker, start), To("record", decided), *undrained]
+
+    def _waited_for(self, server: str, name: str) -> tuple[str, ...]:
+        """Other models that lie on this server and that requests wait for (rule version 3); those who wait longest."""
+        if self.rules < 3 or len(self.state.queues) < 2:
+            return ()
+        others = sorted((other for other in self.state.queues if other != name), key=self.state.head)
+        return tuple(one for one in others if server in self.state.models[one].servers)[:KEPT_NAMED]
 
     def _abandon(self, name: str) -> list[To]:
         """What starts for a queue that is empty now, and for nobody who moves, need not go on (rule version 3)."""

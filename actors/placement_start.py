@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from actors.placement_sources import peers_of, sources_for
 from actors.placement_state import LARGEST, SECOND, KnownModel, PlacementState, RunningInstance, Server, Worker, kv_plan
-from bus.messages import Candidate, ModelCard, Tier, escape_model
+from bus.messages import Candidate, ModelCard, Tier
 
-PEERS_ASKED = 4
 DETACH_NS = 20_000_000
 """To detach one idle instance: freeing memory, no copy."""
 
@@ -122,7 +122,8 @@ def _weigh(
     queue_ns, load_ns = loading_times(server, card, tier)
     busy = _busy(state, worker) if rules >= 2 else 0
     free_ns = len(victims) * DETACH_NS
-    candidate = Candidate(name, tier, queue_ns, load_ns, free_ns, model.attach_ns, tuple(victims), busy)
+    error_ns = server.error_ns(tier) if rules >= 3 else 0
+    candidate = Candidate(name, tier, queue_ns, load_ns, free_ns, model.attach_ns, tuple(victims), busy, error_ns)
     idle_since = min((worker.instances[victim].used_at for victim in victims), default=0)
     return Option(candidate, slots, kv_bytes, idle_since, len(worker.instances) - len(victims))
 
@@ -154,24 +155,6 @@ def loading_times(server: Server, card: ModelCard, tier: Tier) -> tuple[int, int
     queue_ns = sum(size * SECOND // rate for rate, size in ahead.items())
     load_ns = server.loading.get(card.model, card.weight_bytes) * SECOND // rate
     return min(LARGEST, queue_ns), min(LARGEST, load_ns)
-
-
-def peers_of(state: PlacementState, model: KnownModel) -> list[tuple[str, str]]:
-    """(server, address) of those from whom others can fetch the model: who has it in DRAM first, then who has the least
-    to load."""
-    found: list[tuple[bool, int, int, str, str]] = []
-    for name, tier in model.servers.items():
-        peer = state.servers[name]
-        if tier != "remote" and peer.up and peer.address and name not in model.replaced:
-            found.append((tier != "dram", sum(peer.loading.values()), len(found), name, peer.address))
-    return [(name, f"{address}/{escape_model(model.card.model)}") for *_, name, address in sorted(found)]
-
-
-def sources_for(state: PlacementState, model: KnownModel, server: str) -> tuple[str, ...]:
-    """Where this server can fetch the model, the best first: other servers of the cell, then its source."""
-    found = [address for name, address in peers_of(state, model) if name != server]
-    own = (model.source,) if model.source else ()
-    return (*found[:PEERS_ASKED], *own)
 
 
 def _busy(state: PlacementState, worker: Worker) -> int:

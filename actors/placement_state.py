@@ -52,7 +52,8 @@ class Lease(msgspec.Struct):
 
 
 class Server(msgspec.Struct):
-    """`loading`: bytes still to come to DRAM, per model; `fetching`: those of them that come from remote; `leased`:
+    """`loading`: bytes still to come to DRAM, per model; `fetching`: those of them that come from remote,
+    and the server that is asked first, empty for the model's source; `leased`:
     models of instances, whatever their status; `address`: where others can fetch from its SSD; rates: bytes per second
     from SSD and from remote, learned from finished loads; errors: mean difference of a load from its estimate, in
     nanoseconds."""
@@ -62,7 +63,7 @@ class Server(msgspec.Struct):
     loading: dict[str, int] = {}
     leased: dict[str, Lease] = {}
     ssd_rate: int = 1_000_000_000
-    fetching: dict[str, bool] = {}
+    fetching: dict[str, str] = {}
     address: str = ""
     remote_rate: int = 500_000_000
     ssd_error_ns: int = 0
@@ -71,6 +72,10 @@ class Server(msgspec.Struct):
     def streams(self, card: ModelCard) -> bool:
         """Whether the model is larger than the budget of DRAM, so that its worker reads it from the SSD itself."""
         return card.weight_bytes > self.dram_bytes
+
+    def error_ns(self, tier: Tier) -> int:
+        """By how much loads from this tier differed from what was estimated."""
+        return {"ssd": self.ssd_error_ns, "remote": self.remote_error_ns}.get(tier, 0)
 
     def rate(self, model: str) -> int:
         """Bytes per second of the load of this model that is under way."""
@@ -210,7 +215,7 @@ class ExchangeState(msgspec.Struct):
 class PlacementState(msgspec.Struct):
     """`queues`: waiting requests by model, each in order of acceptance; `room`: what is drained for a model;
     `placed`: slots in use, and `kept`: slots for those who run elsewhere still, by request; `wishes`: who wants such;
-    `draining`: servers that take nothing new;
+    `draining`: servers that take nothing new; `sources`: where an operator said that models can be fetched;
     `removing`: models that go as soon as they are idle; `sizes`: all workers that were ever up; `refused`: the request
     whose several answers were the last not to find room in the queue."""
 
@@ -222,6 +227,7 @@ class PlacementState(msgspec.Struct):
     kept: dict[str, Placed] = {}
     wishes: dict[str, SlotWish] = {}
     draining: dict[str, Drain] = {}
+    sources: dict[str, str] = {}
     sizes: dict[str, WorkerSize] = {}
     room: dict[str, Room] = {}
     removing: dict[str, bool] = {}

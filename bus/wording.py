@@ -160,6 +160,7 @@ def _decided(m_: m.PlacementDecided) -> str:
     if best is not None:
         text += f" from {_tier(best.tier)} in about"
         text += f" {duration(best.queue_ns + best.load_ns + best.free_ns + best.attach_ns)}"
+        text += f" (loads were off by {duration(best.error_ns)})" if best.error_ns else ""
     text += f" for request {short(m_.request)} (weighed {plural(m_.weighed, 'worker')}"
     text += f", {m_.waiting} waiting" if m_.waiting > 1 else ""
     return text + (_evicts(best.evict) if best is not None else "") + ")"

@@ -272,7 +272,8 @@ class Candidate(msgspec.Struct, frozen=True, omit_defaults=True):
 
     queue_ns: bytes queued on that server's loading path / bandwidth (PAPER, q); load_ns: bytes / bandwidth of the
     slowest stage (n/b); free_ns: to stop what is evicted; attach_ns: to attach from DRAM. busy: sequences that this
-    device computes already, or will as soon as what starts there runs; from rule version 2 on.
+    device computes already, or will as soon as what starts there runs; from rule version 2 on. error_ns: by how much
+    loads from that tier took longer or shorter than estimated there so far; from rule version 3 on.
     """
 
     worker: Name
@@ -283,6 +284,7 @@ class Candidate(msgspec.Struct, frozen=True, omit_defaults=True):
     attach_ns: Count
     evict: tuple[str, ...] = ()
     busy: Count = 0
+    error_ns: Count = 0
 
 
 class PlacementDecided(Message, frozen=True, tag="placement.decided"):

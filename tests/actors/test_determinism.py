@@ -21,7 +21,7 @@ DECIDING = [
     "actors/placement_start.py",
     "actors/placement_state.py", "actors/request_moves.py",
     "actors/request_state.py", "actors/requests.py", "actors/rules.py", "actors/store.py",
-    "actors/store_room.py", "actors/store_state.py",
+    "actors/placement_sources.py", "actors/store_room.py", "actors/store_state.py",
     "bus/ordering.py",
 ]  # fmt: skip
 ALLOWED = {
@@ -35,7 +35,7 @@ ALLOWED = {
     "actors.placement_start",
     "actors.placement_state", "actors.request_moves",
     "actors.request_state", "actors.requests", "actors.rules", "actors.store",
-    "actors.store_room", "actors.store_state",
+    "actors.placement_sources", "actors.store_room", "actors.store_state",
 }  # fmt: skip
 FORBIDDEN_CALLS = {"hash", "id", "set", "frozenset", "open", "print", "input", "vars", "repr", "eval", "exec", "float"}
 
