@@ -136,15 +136,7 @@ class DriverShell:
             await running
         if not epoch:
             return
-        lost = DriverLost(driver, epoch, reason, leaving=True)
-        with contextlib.suppress(BusError, TimeoutError):
-            async with asyncio.timeout(LEAVE_SECONDS):
-                await self._bus.ledger.append(
-                    self._subjects.fact(driver, kind_of(lost)),
-                    encode(FactEnvelope(driver, msgspec.Raw(encode(lost)))),
-                    message_id=f"fact.{driver}.leaving.{epoch}",
-                    publisher=driver,
-                )
+        await state_lost(self._bus, self._subjects, DriverLost(driver, epoch, reason, leaving=True))
 
     async def _live(self) -> None:
         body = await self._driver.open()
@@ -258,6 +250,18 @@ class _Life:
             except BusError:
                 pass  # watch counts silence; there is nothing else to do about it here
             await asyncio.sleep(HEARTBEAT_SECONDS)
+
+
+async def state_lost(bus: Bus, subjects: Subjects, lost: DriverLost) -> None:
+    """Say that an epoch of one of our own drivers is over. Where that takes too long, watch says it."""
+    with contextlib.suppress(BusError, TimeoutError):
+        async with asyncio.timeout(LEAVE_SECONDS):
+            await bus.ledger.append(
+                subjects.fact(lost.driver, kind_of(lost)),
+                encode(FactEnvelope(lost.driver, msgspec.Raw(encode(lost)))),
+                message_id=f"fact.{lost.driver}.over.{lost.epoch}",
+                publisher=lost.driver,
+            )
 
 
 async def _fail(error: BaseException) -> None:

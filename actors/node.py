@@ -20,7 +20,7 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
-from actors.driver import HEARTBEAT_SECONDS, DriverShell
+from actors.driver import HEARTBEAT_SECONDS, DriverShell, state_lost
 from actors.local_storage import DEFAULT_CONTEXT, LocalStorage
 from actors.model_server import ModelServer
 from actors.node_leaving import until_drained
@@ -30,6 +30,7 @@ from bus.credentials import ConnectionOptions
 from bus.errors import UserError
 from bus.health import Health
 from bus.jetstream import JetStreamBus
+from bus.messages import DriverLost
 from bus.tasks import Tasks
 
 FIRST_PAUSE_SECONDS = 0.05
@@ -110,7 +111,7 @@ async def run_node(options: NodeOptions) -> None:
     except BaseException:
         await bus.close()
         raise
-    workers = [WorkerProcess(context, worker_settings(options, index)) for index in range(options.workers)]
+    workers = [WorkerProcess(context, worker_settings(options, index), bus) for index in range(options.workers)]
     tasks = Tasks()
     try:
         async with Health(f"node {options.server}").kept(options.health) as health:
@@ -212,19 +213,20 @@ def worker_settings(options: NodeOptions, index: int) -> WorkerSettings:
 
 
 class WorkerProcess:
-    """One worker, started again whenever it ends."""
+    """One worker, started again whenever it ends. That its process is gone is said in the ledger at once."""
 
-    def __init__(self, context: ForkServerContext, settings: WorkerSettings) -> None:
+    def __init__(self, context: ForkServerContext, settings: WorkerSettings, bus: JetStreamBus) -> None:
         self.settings = settings
+        self._bus = bus
         self.name = f"gpu/{settings.server}/{settings.index}"
         self._context = context
         self._process: ForkServerProcess | None = None
-        self._beat = context.RawValue("d", 0.0)
+        self._beat = context.RawArray("d", 2)
 
     @property
     def serving(self) -> bool:
         """Whether the worker has an epoch and a connection, as it said itself a moment ago."""
-        return bool(time.monotonic() - self._beat.value < SERVING_SECONDS)
+        return bool(time.monotonic() - self._beat[0] < SERVING_SECONDS)
 
     async def supervise(self) -> None:
         """For ever; `stop` ends the process that is left."""
@@ -239,10 +241,17 @@ class WorkerProcess:
             logger.warning(
                 "%s (process %d) ended with %s", self.name, process.pid, process.exitcode, extra={"driver": self.name}
             )
+            await self._say_over(f"its process ended with {process.exitcode}")
             if loop.time() - began >= STEADY_SECONDS:
                 pause = FIRST_PAUSE_SECONDS
             await asyncio.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+
+    async def _say_over(self, reason: str) -> None:
+        """The epoch of a process that is gone is over, whatever watch has heard of it."""
+        epoch, self._beat[1] = int(self._beat[1]), 0
+        if epoch and self._bus.connected:
+            await state_lost(self._bus, self._bus.subjects, DriverLost(self.name, epoch, reason))
 
     async def _start(self) -> ForkServerProcess:
         process = self._context.Process(

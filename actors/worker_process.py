@@ -24,6 +24,9 @@ from bus.jetstream import JetStreamBus
 from bus.lifeline import end_with_parent
 from bus.logs import configure_logs
 
+SAY_SECONDS = 0.1
+"""How often the node hears of the epoch: what dies before it was told counts as silent instead."""
+
 logger = logging.getLogger("longshore.worker")
 
 
@@ -78,6 +81,7 @@ async def serve_worker(settings: WorkerSettings, beat: Beat) -> None:
         if running.done():
             running.result()
         await shell.leave(running, "its process was told to end")
+        beat[1] = 0
     finally:
         saying.cancel()
         preparing.cancel()
@@ -86,11 +90,12 @@ async def serve_worker(settings: WorkerSettings, beat: Beat) -> None:
 
 
 async def _say(beat: Beat, bus: JetStreamBus, shell: DriverShell) -> None:
-    """Tell the node that this worker serves, for as long as it does."""
+    """Tell the node that this worker serves, for as long as it does, and in which epoch."""
     while True:
+        beat[1] = shell.epoch
         if shell.epoch and bus.connected:
-            beat.value = time.monotonic()
-        await asyncio.sleep(0.5)
+            beat[0] = time.monotonic()
+        await asyncio.sleep(SAY_SECONDS)
 
 
 def _leave(code: int) -> None:

@@ -29,9 +29,12 @@ class WorkerSettings:
 
 
 class Beat(Protocol):
-    """Memory shared with the node: when the worker last had an epoch and a connection, by the monotonic clock."""
+    """Memory shared with the node, two numbers: when the worker last had an epoch and a connection, by the monotonic
+    clock, and which epoch it has (0 between two)."""
 
-    value: float
+    def __getitem__(self, index: int) -> float: ...
+
+    def __setitem__(self, index: int, value: float) -> None: ...
 
 
 def start_worker(settings: WorkerSettings, beat: Beat) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from actors.replay import verify
 from actors.stub_node import MODEL
 from bus.answer import RequestFailed
 from bus.client import Client, RequestFields
@@ -77,6 +78,10 @@ async def undisturbed(client: Client, prompts: list[str], max_tokens: int) -> di
 
 async def all_facts(cell: LiveCell) -> list[Record]:
     """Every fact in the ledger now."""
+    return [record for record in await all_records(cell) if ".fact." in record.subject]
+
+
+async def all_records(cell: LiveCell) -> list[Record]:
     end = (await cell.bus.ledger.usage()).last_sequence
     reader = await cell.bus.ledger.read(start=1)
     records: list[Record] = []
@@ -85,7 +90,7 @@ async def all_facts(cell: LiveCell) -> list[Record]:
             records += await reader.batch()
     finally:
         await reader.close()
-    return [record for record in records if ".fact." in record.subject]
+    return records
 
 
 async def test_the_publishing_control_is_killed(tmp_path: Path) -> None:
@@ -159,6 +164,31 @@ async def test_the_nats_server_is_killed_and_comes_back(tmp_path: Path) -> None:
         await asyncio.gather(*(reading.task for reading in readings))
         assert [len(reading.tokens) for reading in readings] == [50] * 6
         assert readings[0].tokens == expected["prompt 0"]
+
+
+async def test_a_worker_a_control_and_the_nats_server_are_killed_at_once(tmp_path: Path) -> None:
+    async with live_cell(tmp_path, controls=2, nodes=2, step_seconds=0.01) as cell:
+        prompts = [f"prompt {i}" for i in range(8)]
+        expected = await undisturbed(cell.client, prompts, 80)
+        readings = {prompt: Reading(cell.client, prompt, 80) for prompt in prompts}
+        for reading in readings.values():
+            await reading.reach(10)
+        publisher = (await publishers_of(cell)).most_common(1)[0][0]
+        busy = await cell.until(lambda found: any(active(found, name) for name in found["workers"]))
+        worker = max(busy["workers"], key=lambda name: active(busy, name))
+        assert active(busy, worker)
+        node = next(one for one in cell.nodes if one.name == f"node-{worker.split('/')[1]}")
+        node.signal(signal.SIGKILL)
+        next(one for one in cell.controls if publisher in one.log.read_text()).signal(signal.SIGKILL)
+        cell.server.kill()
+        await cell.server.start_async()
+        later = Reading(cell.client, "asked while all of it comes back", 20)
+        await asyncio.gather(*(reading.task for reading in (*readings.values(), later)))
+        assert {prompt: reading.tokens for prompt, reading in readings.items()} == expected
+        assert len(later.tokens) == 20
+        sealed = [record for record in await all_facts(cell) if record.subject.endswith("sequences.sealed")]
+        assert sealed, "the killed worker held answers"
+        assert verify(CELL, await all_records(cell)).difference is None
 
 
 async def test_a_node_is_killed_in_mid_answer(tmp_path: Path) -> None:

@@ -20,7 +20,17 @@ from packed_sample import pack_sample
 from tiny_control import Listener, TinyControl
 
 from bus.jetstream import JetStreamBus
-from bus.messages import CancelRequested, Generation, RequestEnded, SequenceFinished, WorkerStarted
+from bus.messages import (
+    CancelRequested,
+    DriverLost,
+    Generation,
+    RequestEnded,
+    SequenceFinished,
+    WorkerStarted,
+    decode_fact,
+    decode_fact_body,
+    kind_of,
+)
 from bus.server import EmbeddedServer
 
 _cells = itertools.count(1)
@@ -91,6 +101,14 @@ async def gone(descriptor: int) -> None:
         os.close(descriptor)
 
 
+async def last_words(bus: JetStreamBus, driver: str) -> DriverLost:
+    record = await bus.ledger.last(bus.subjects.fact(driver, kind_of(DriverLost)))
+    assert record is not None
+    body = decode_fact_body(decode_fact(record.payload).body)
+    assert isinstance(body, DriverLost)
+    return body
+
+
 SECOND = "another node of this cell calls itself s1, too: stop it, or give this one another --server"
 
 
@@ -118,6 +136,9 @@ async def test_a_node_answers_restarts_its_worker_and_ends_cleanly(
         second = await here.worker(2)
         assert loop.time() - killed_at < RESTART_SECONDS
         assert second.process != first.process
+        # Its node has said so at once: nobody had to wait for a silence.
+        said = await last_words(here.bus, "gpu/s1/0")
+        assert "ended with -9" in said.reason and not said.leaving
 
         again = [token for chunk in await (await ask(here, "r3")).all() for token in chunk.tokens]
         assert again == undisturbed
@@ -129,6 +150,8 @@ async def test_a_node_answers_restarts_its_worker_and_ends_cleanly(
         async with asyncio.timeout(10.0):
             assert await here.process.wait() == 0
         await gone(left)
+        for driver in ("gpu/s1/0", "store/s1"):
+            assert (await last_words(here.bus, driver)).leaving, "an orderly end is no death"
         lines = here.logged()
         assert any(line.get("driver") == "gpu/s1/0" and line.get("epoch") for line in lines)
         assert any("ended with -9" in line["event"] for line in lines)
