@@ -274,7 +274,8 @@ class Requests(Actor):
 
     def _describe(self, name: str, request: Request, message: DescribeMove) -> To:
         heir = max(request.attempt, request.tried) + 1
-        if not request.moving:
+        # A move that came to nothing is not told here: its heir's number must not be given away a second time.
+        if self.rules >= 3 or not request.moving:
             request.moving, request.tried = True, heir
         described = MoveDescribed(
             request=name,

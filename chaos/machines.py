@@ -138,7 +138,7 @@ class SimulatedStorage(StubStorage):
             cards = tuple(
                 card
                 for place, card in enumerate(options.models)
-                if place % options.servers == number or random.random() < 0.4
+                if not place or place % options.servers == number or random.random() < 0.15
             )
         else:
             cards = tuple(card for card in options.models if number == 0 or random.random() < 0.7)
