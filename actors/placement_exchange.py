@@ -171,7 +171,7 @@ def may_move(state: PlacementState, request: str, place: str, now: int) -> bool:
     placed, known = state.placed.get(request), state.exchange.sequences.get(request)
     if placed is None or known is None or placed.worker != place or request in state.wishes or request in state.kept:
         return False
-    return known.moves < MOVES_LIMIT and (not known.moved_at or now - known.moved_at >= HOLD_NS)
+    return known.tokens > 0 and known.moves < MOVES_LIMIT and (not known.moved_at or now - known.moved_at >= HOLD_NS)
 
 
 def _weigh_place(

@@ -183,7 +183,7 @@ class Drain(msgspec.Struct, omit_defaults=True):
 
 
 class RunningSequence(msgspec.Struct):
-    """What placement knows of a sequence that has a slot. `tokens`: prompt and answer when it got it, estimated;
+    """What placement knows of a sequence that has a slot. `tokens`: prompt and answer when it got it (0: no text);
     `moves`: how often placement has moved it, or tried to, the last time at `moved_at`."""
 
     tokens: int

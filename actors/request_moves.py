@@ -24,7 +24,9 @@ def server_of(worker: str) -> str:
 
 
 def about_tokens(generation: Generation) -> int:
-    """About how many tokens a prompt has, as far as the fact tells."""
+    """About how many tokens a prompt has, as far as the fact tells; 0 for embeddings, which are not moved."""
+    if generation.inputs is not None:
+        return 0
     if generation.tokens is not None:
         return len(generation.tokens)
     if generation.parts is not None:
