@@ -39,21 +39,40 @@ def _check_name(name: str) -> str:
 
 async def add(
     name: ModelArgument,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint in Hugging Face layout.")],
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="A checkpoint in Hugging Face layout.")
+    ] = None,
+    source: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="ADDRESS",
+            help="Instead: a packed checkpoint that servers fetch when they need it, http(s):// or a directory.",
+        ),
+    ] = "",
     data: DataOption = DEFAULT_DATA,
     nats: NatsOption = DEFAULT_NATS,
     cell: CellOption = DEFAULT_CELL,
     json: JsonOption = False,
 ) -> None:
-    """Pack a checkpoint into the data directory and tell the cell, if one runs.
+    """Pack a checkpoint into the data directory and tell the cell, if one runs; or tell it from where to fetch one.
 
-    All or nothing: an interrupted add leaves what was there before.
+    All or nothing: an interrupted add leaves what was there before. With --from nothing is packed or fetched now: a
+    server that needs the model fetches it, and every byte is checked.
 
     Example: longshore model add llama-a ./samples/llama-a
+    Example: longshore model add qwen3 --from http://models.example:8080/qwen3
     """
     from loaders import pack_checkpoint
 
     _check_name(name)
+    if source or directory is None:
+        if source and directory is not None:
+            raise UserError("give either a directory to pack or --from with where it is fetched, not both")
+        if not source:
+            raise UserError("give the directory of a checkpoint to pack, or --from with where a packed one is fetched")
+        await _add_from(name, source, nats, cell, json)
+        return
     destination = data / "models" / escape_model(name)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +94,50 @@ async def add(
         where = f"cell {cell} serves it" if told else f"no cell {cell} at {nats}: it is found when one starts on {data}"
         millions = manifest.parameters / 1e6
         print(f"packed {name}: {manifest.architecture}, {millions:.1f} million parameters, {manifest.dtype}; {where}")
+
+
+async def _add_from(name: str, address: str, nats: str, cell: str, json: bool) -> None:
+    from actors.model_sources import check_address, find_at_source
+    from actors.stopping import Stop
+    from actors.store_driver import StorageFailed
+    from bus.answer import RequestFailed
+    from bus.client import Client
+    from loaders import CheckpointError
+
+    if "://" not in address:
+        address = str(Path(address).absolute())
+    elif address.startswith("file://"):
+        address = "/" + address.removeprefix("file://").lstrip("/")
+    try:
+        manifest, _ = await asyncio.to_thread(find_at_source, check_address(address), Stop())
+    except (CheckpointError, StorageFailed) as error:
+        raise UserError(f"--from: {error}") from None
+    if manifest.kind == "stored":
+        raise UserError(f"--from: {address} was packed as stored, which no server can run")
+    try:
+        async with connected(nats, cell) as bus:
+            client = Client(bus, cell)
+            await client.add_model(name, address)
+            known = await _until(client, lambda models: _is_known(models, name, manifest.digest), 10.0)
+    except RequestFailed as failure:
+        raise Failure(failure.message) from None
+    if not known:
+        raise Failure(
+            f"no server of cell {cell} took {name} from {address}: see that its servers reach that address, that none "
+            f"of them holds another {name}, and the log of a node"
+        )
+    if json:
+        print(json_module.dumps({"model": name, "bytes": manifest.bytes, "digest": manifest.digest, "served": True}))
+    else:
+        millions = manifest.parameters / 1e6
+        print(
+            f"added {name}: {manifest.architecture}, {millions:.1f} million parameters, {manifest.dtype}; "
+            f"cell {cell} fetches it from {address} when it is needed"
+        )
+
+
+def _is_known(models: list[dict[str, Any]], name: str, digest: str) -> bool:
+    return any(one["model"] == name and one["digest"] == digest and one["servers"] for one in models)
 
 
 def pack(

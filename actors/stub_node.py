@@ -2,6 +2,8 @@
 
 python -m actors.stub_node --nats URL --cell NAME [--workers 1] [--models 1] [--step-seconds 0] [--slots 64]
     [--memory-mib 100]
+
+With --directory DIR its models are packed files that lie there, as those of a real server; only its engines are stubs.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ import asyncio
 import os
 import secrets
 import signal
+from pathlib import Path
 
 from actors.driver import DriverShell
 from actors.node_leaving import until_drained
-from actors.store_driver import StoreDriver
+from actors.store_driver import Storage, StoreDriver
 from actors.stub_runtime import VOCABULARY, StubRuntime
 from actors.stub_storage import StubStorage
 from actors.worker_driver import WorkerDriver
@@ -52,8 +55,9 @@ async def run_stub_node(
     slots: int = 64,
     models: int = 1,
     memory_mib: int = 100,
+    directory: str = "",
 ) -> None:
-    """Until SIGTERM. The models are `stub`, `stub-1`, `stub-2` and so on."""
+    """Until SIGTERM. The models are `stub`, `stub-1`, `stub-2` and so on, or those of the directory."""
     ending = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ending.set)
@@ -61,7 +65,13 @@ async def run_stub_node(
     subjects = Subjects(cell)
     tasks = Tasks()
     cards = tuple(stub_card(f"{MODEL}-{number}" if number else MODEL) for number in range(models))
-    store = StoreDriver(server, dram_bytes=1000 * MIB, storage=StubStorage(cards), process=os.getpid())
+    storage: Storage = StubStorage(cards)
+    if directory:
+        from actors.local_storage import LocalStorage
+
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        storage = LocalStorage(Path(directory))
+    store = StoreDriver(server, dram_bytes=1000 * MIB, storage=storage, process=os.getpid())
     drivers = [DriverShell(bus, subjects, store, boot=lambda: secrets.token_hex(8))]
     for index in range(workers):
         worker = WorkerDriver(
@@ -96,6 +106,7 @@ def main() -> None:
     parser.add_argument("--step-seconds", type=float, default=0.0)
     parser.add_argument("--models", type=int, default=1)
     parser.add_argument("--memory-mib", type=int, default=100)
+    parser.add_argument("--directory", default="")
     options = parser.parse_args()
     import uvloop
 
@@ -109,6 +120,7 @@ def main() -> None:
             slots=options.slots,
             models=options.models,
             memory_mib=options.memory_mib,
+            directory=options.directory,
         )
     )
 

@@ -1,0 +1,232 @@
+"""Models that a server fetches: from the first source that gives them, whole or not at all, known again afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from range_server import Handler, range_server
+
+from actors.local_storage import LocalStorage
+from actors.model_sources import SOURCE_NAME
+from actors.store_driver import Loaded, StorageFailed
+from bus.messages import HeldModel
+from loaders import http_source, pack_checkpoint, resident_bytes, storage, verify_checkpoint
+from models.sample import make_sample
+
+WEIGHTS = "model.safetensors"
+CHUNK_BYTES = 1 << 16
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_source, "PAUSE_SECONDS", 0.001)
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed model of many small chunks."""
+    folder = tmp_path_factory.mktemp("origin")
+    make_sample(folder / "source", arch="llama", parameters=300_000, seed=1, dtype="float32", context=512)
+    pack_checkpoint(folder / "source", folder / "packed", chunk_bytes=CHUNK_BYTES)
+    return folder / "packed"
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    (tmp_path / "models").mkdir()
+    return tmp_path / "models"
+
+
+async def digest_at(source: str, folder: Path) -> str:
+    return (await LocalStorage(folder / "nowhere").find("m", source)).card.digest
+
+
+def after(count: int, what: Callable[[Handler], None]) -> Callable[[Handler, str, int], bool]:
+    """Misbehave from the count-th piece of the weights on."""
+    seen = 0
+    lock = threading.Lock()
+
+    def misbehave(handler: Handler, name: str, number: int) -> bool:
+        nonlocal seen
+        if not name.endswith(WEIGHTS):
+            return False
+        with lock:
+            seen += 1
+            early = seen <= count
+        if early:
+            return False
+        what(handler)
+        return True
+
+    return misbehave
+
+
+async def test_what_a_source_has_is_found_without_fetching_it(origin: Path, models: Path) -> None:
+    with range_server(origin) as server:
+        found = await LocalStorage(models, context_limit=256).find("m", server.url)
+        asked = [span for name, span in server.seen if name == WEIGHTS]
+    local = await LocalStorage(origin.parent, context_limit=256).find("packed")
+    assert found == HeldModel(found.card, "remote", server.url)
+    assert (found.card.digest, found.card.context, found.card.chat) == (local.card.digest, 256, local.card.chat)
+    assert all(asked) and len(asked) == 3, "its size, the length of its header, and its header"
+    assert list(models.iterdir()) == []
+
+
+async def test_a_fetched_model_lies_on_the_ssd_and_in_dram_and_its_source_is_known(origin: Path, models: Path) -> None:
+    here = LocalStorage(models)
+    with range_server(origin) as server:
+        card = (await here.find("m", server.url)).card
+        loaded = await here.load("m", card.digest, (server.url,))
+        assert loaded == Loaded(card.weight_bytes, "remote", server.url)
+    verify_checkpoint(models / "m")
+    assert resident_bytes(models / "m") >= card.weight_bytes
+    assert await here.scan() == (HeldModel(card, "dram", server.url),)
+    assert (await here.load("m", card.digest, (server.url,))).tier == "ssd"
+    await here.evict("m", "ssd")
+    assert list(models.iterdir()) == [] and await here.scan() == ()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"source": 3}', b'{"source": "relative"}', b"\xff" * 9, b"9" * 20000]
+)
+async def test_garbage_where_the_source_should_stand_is_passed_over(origin: Path, models: Path, content: bytes) -> None:
+    shutil.copytree(origin, models / "m")
+    (models / "m" / SOURCE_NAME).write_bytes(content)
+    (held,) = await LocalStorage(models).scan()
+    assert held.source == ""
+
+
+async def test_a_source_that_dies_midway_is_followed_by_the_next(origin: Path, models: Path, tmp_path: Path) -> None:
+    def gone(handler: Handler) -> None:
+        handler.answer(503, b"")
+
+    with range_server(origin, after(6, gone)) as dying, range_server(origin) as well:
+        digest = await digest_at(well.url, tmp_path)
+        loaded = await LocalStorage(models).load("m", digest, (dying.url, well.url))
+        assert len(dying.seen) > 6
+    assert loaded.tier == "remote" and loaded.source == well.url
+    verify_checkpoint(models / "m")
+    assert [path.name for path in models.iterdir()] == ["m"]
+
+
+async def test_a_failure_names_what_was_wrong_with_each_source(origin: Path, models: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    make_sample(tmp_path / "source", arch="llama", parameters=300_000, seed=2, dtype="float32", context=512)
+    pack_checkpoint(tmp_path / "source", other)
+    digest = await digest_at(str(origin), tmp_path)
+    with range_server(tmp_path) as server, pytest.raises(StorageFailed) as failed:
+        await LocalStorage(models).load("m", digest, ("/absent", f"{server.url}/none", str(other)))
+    said = str(failed.value)
+    assert not failed.value.gone
+    assert said.startswith("m cannot be fetched from /absent: there is no directory /absent; from http://127.0.0.1:")
+    assert "no such file (status 404)" in said and f"from {other}: {other} holds other weights" in said
+    assert list(models.iterdir()) == []
+
+
+async def test_a_damaged_model_is_fetched_again_where_its_source_is_known(origin: Path, models: Path) -> None:
+    here = LocalStorage(models)
+    card = (await here.find("m", str(origin))).card
+    await here.load("m", card.digest, (str(origin),))
+    data = bytearray((models / "m" / WEIGHTS).read_bytes())
+    data[-1000] ^= 1
+    (models / "m" / WEIGHTS).write_bytes(data)
+    assert (await here.load("m", card.digest)).tier == "remote"
+    verify_checkpoint(models / "m")
+
+
+async def test_a_full_disk_is_said_once_and_leaves_nothing(
+    origin: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = await digest_at(str(origin), tmp_path)
+
+    def full(descriptor: int, data: memoryview, offset: int) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage, "write", full)
+    with pytest.raises(StorageFailed, match=r"^m cannot be fetched: .*the disk is full; free some space") as failed:
+        await LocalStorage(models).load("m", digest, (str(origin), str(origin) + "/"))
+    assert not failed.value.gone and str(failed.value).count("the disk is full") == 1
+    assert list(models.iterdir()) == []
+
+
+@pytest.mark.parametrize("hangs_at", [0, 1, 5])
+async def test_a_cancelled_load_ends_and_leaves_nothing(
+    origin: Path, models: Path, tmp_path: Path, hangs_at: int
+) -> None:
+    hangs, over = threading.Event(), threading.Event()
+
+    def hang(handler: Handler) -> None:
+        hangs.set()
+        over.wait(20)
+        handler.close_connection = True
+
+    digest = await digest_at(str(origin), tmp_path)
+    threads = threading.active_count()
+    with range_server(origin, after(hangs_at, hang)) as server:
+        here = LocalStorage(models)
+        loading = asyncio.get_running_loop().create_task(here.load("m", digest, (server.url,)))
+        await asyncio.to_thread(hangs.wait, 10)
+        loading.cancel()
+        async with asyncio.timeout(5):
+            with pytest.raises(asyncio.CancelledError):
+                await loading
+        assert list(models.iterdir()) == []
+        over.set()
+        assert (await here.load("m", digest, (str(origin),))).tier == "remote"
+    assert not [t for t in threading.enumerate() if t.name.startswith("fetch")], threads
+
+
+async def test_an_urgent_load_goes_before_a_prefetch(origin: Path, models: Path, tmp_path: Path) -> None:
+    """The prefetch stands still between two chunks until the urgent load is done."""
+    digest = await digest_at(str(origin), tmp_path)
+    let_go, begun = threading.Event(), threading.Event()
+
+    def slow(handler: Handler) -> None:
+        begun.set()
+        let_go.wait(20)
+        handler.give(origin / WEIGHTS)
+
+    with range_server(origin, after(3, slow)) as server:
+        here = LocalStorage(models)
+        with here._precedence.turn("network", urgent=True):
+            prefetch = asyncio.get_running_loop().create_task(here.load("later", digest, (server.url,), urgent=False))
+            urgent = asyncio.get_running_loop().create_task(here.load("now", digest, (str(origin),)))
+            await urgent
+            assert not prefetch.done() and not begun.is_set()
+        let_go.set()
+        await prefetch
+    assert sorted(path.name for path in models.iterdir()) == ["later", "now"]
+
+
+async def test_servers_that_share_a_directory_fetch_once(origin: Path, models: Path, tmp_path: Path) -> None:
+    digest = await digest_at(str(origin), tmp_path)
+    let_go, begun = threading.Event(), threading.Event()
+
+    def slow(handler: Handler) -> None:
+        begun.set()
+        let_go.wait(20)
+        handler.give(origin / WEIGHTS)
+
+    with range_server(origin, after(4, slow)) as server:
+        first = asyncio.get_running_loop().create_task(LocalStorage(models).load("m", digest, (server.url,)))
+        await asyncio.to_thread(begun.wait, 10)
+        second = asyncio.get_running_loop().create_task(LocalStorage(models).load("m", digest, (server.url,)))
+        await asyncio.sleep(0)
+        let_go.set()
+        assert [(await one).tier for one in (first, second)] == ["remote", "ssd"]
+
+
+async def test_what_a_killed_fetch_left_is_removed_at_the_next_start(origin: Path, models: Path) -> None:
+    (models / ".m.packing-abc").mkdir()
+    (models / ".m.packing-abc" / WEIGHTS).write_bytes(b"half")
+    (models / ".m.packing").write_bytes(b"")
+    (models / ".n.deleted").mkdir()
+    with storage.replacing_directory(models / "busy") as at_work:
+        assert await LocalStorage(models).scan() == ()
+        assert at_work.is_dir(), "somebody is at work on it"
+    assert [path.name for path in models.iterdir()] == ["busy"]
