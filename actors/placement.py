@@ -79,7 +79,7 @@ class Placement(PlacementDrain):
         return self._start(message.model, now) if waiting_here == 1 or waiting_here > model.enough else []
 
     def on_SlotReleased(self, message: SlotReleased, now: int) -> list[To]:
-        said = self._release(message, now)
+        said = [*self._release(message, now), *self._spread(now)]
         return [*said, *self._see_drained(now)] if self.state.draining else said
 
     def _release(self, message: SlotReleased, now: int) -> list[To]:

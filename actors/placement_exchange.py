@@ -236,7 +236,7 @@ def _with(
             memory=memory, dram=choice.dram + freed, longest_ns=sums[0], sum_ns=sums[1], stops=(*choice.stops, victim)
         )
     if victim not in destinations:
-        destinations[victim] = _destinations(state, state.models[victim], len(instance.active), rules)
+        destinations[victim] = destinations_of(state, state.models[victim], len(instance.active), rules)
     used = {relocation.to: True for relocation in choice.relocations}
     for start_ns, to, option in destinations[victim]:
         slots = option.slots if option is not None else state.workers[to].instances[victim].free
@@ -259,7 +259,7 @@ def _with(
     return None
 
 
-def _destinations(
+def destinations_of(
     state: PlacementState, model: KnownModel, sequences: int, rules: int
 ) -> list[tuple[int, str, Option | None]]:
     """Where sequences of a model can go on, the soonest first: (start, worker, how it starts there)."""

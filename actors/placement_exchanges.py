@@ -11,12 +11,16 @@ like any that is drained (`room`), destinations by starting there what does not 
 Hysteresis. An exchange has to be sooner than what else there is (a free place; waiting for what runs) by a quarter of
 that, and by MARGIN_NS and the error of the estimate beside it. A sequence that placement has moved, or tried to, stays
 for HOLD_NS, and is moved MOVES_LIMIT times at the most. A request gets EXCHANGES_LIMIT exchanges, LOOK_NS apart.
+
+While nobody waits, what shares a device moves to one that idles (`actors.placement_spread`): one instance at a time,
+HOLD_NS apart, looked for once a LOOK_NS at the most, and no sequence that was moved before.
 """
 
 from __future__ import annotations
 
-from actors.placement_exchange import MARGIN_NS, Exchange, choose_exchange, drain_time
+from actors.placement_exchange import HOLD_NS, MARGIN_NS, Exchange, choose_exchange, drain_time
 from actors.placement_pump import PlacementPump
+from actors.placement_spread import choose_spread
 from actors.placement_start import Option
 from actors.placement_state import (
     SECOND,
@@ -28,7 +32,16 @@ from actors.placement_state import (
     learned,
 )
 from actors.resume_times import ResumeTimes
-from bus.messages import InstanceDraining, MoveWanted, PlacementExchanged, PlannedMove, SlotReleased, SlotTaken, To
+from bus.messages import (
+    InstanceDraining,
+    MoveWanted,
+    PlacementExchanged,
+    PlacementSpread,
+    PlannedMove,
+    SlotReleased,
+    SlotTaken,
+    To,
+)
 
 EXCHANGES_LIMIT = 2
 """How often something is moved away for one waiting request."""
@@ -115,6 +128,29 @@ class PlacementExchanges(PlacementPump):
             reason=_reason(drain_ns, start_ns),
         )
         return [To("record", decided), *said, *wanted, *self._stop_idle(name)]
+
+    def _spread(self, now: int) -> list[To]:
+        """Nobody waits: what shares a device may have one of its own."""
+        state = self.state
+        if self.rules < 3 or state.queues or state.wishes or state.room or now < state.exchange.spread_at:
+            return []
+        state.exchange.spread_at = now + LOOK_NS
+        found = choose_spread(state, now, self.rules)
+        if found is None:
+            return []
+        state.exchange.spread_at = now + HOLD_NS
+        said: list[To] = []
+        if found.option is not None:
+            said = self._begin(found.model, state.models[found.model], [found.option], now, found.requests[0])
+        why = f"it shares {found.worker} with {', '.join(found.shared)}, and {found.to} idles"[:200]
+        for request in found.requests:
+            known = state.exchange.sequences[request]
+            known.moves, known.moved_at = known.moves + 1, now
+            said.append(To("migration", MoveWanted(request=request, to=found.to, why=why)))
+        spread = PlacementSpread(
+            found.model, found.worker, found.to, found.requests, found.shared, found.option is not None, found.resume_ns
+        )
+        return [To("record", spread), *said]
 
     # ---- following --------------------------------------------------------------------------------------------
 

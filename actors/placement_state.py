@@ -203,13 +203,15 @@ class ExchangeUnderWay(msgspec.Struct):
 
 class ExchangeState(msgspec.Struct):
     """`rooms`: exchanges by the model that is to start; `tried`: how often for a waiting request, and when last;
-    `sequences` that have a slot, by request; `resume`: a and b by model; `token_ns`: mean time per token by model."""
+    `sequences` that have a slot, by request; `resume`: a and b by model; `token_ns`: mean time per token by model;
+    `spread_at`: when to look again for what shares a device."""
 
     rooms: dict[str, ExchangeUnderWay] = {}
     tried: dict[str, tuple[int, int]] = {}
     sequences: dict[str, RunningSequence] = {}
     resume: dict[str, ResumeTimes] = {}
     token_ns: dict[str, int] = {}
+    spread_at: int = 0
 
 
 class PlacementState(msgspec.Struct):

@@ -420,6 +420,13 @@ _say(
 )
 _say(m.LeaseRefused, lambda e, s, r: f"{e.model} does not get into DRAM for {r}{why(e.reason)}{_retry(e.retry)}")
 _say(m.PlacementDecided, lambda e, s, r: _decided(e))
+_say(
+    m.PlacementSpread,
+    lambda e, s, r: (
+        f"placement moves {plural(len(e.requests), 'sequence')} of {e.model} from {e.worker}, shared with "
+        f"{names(e.shared)}, to {e.to}, which idles{'; it starts there for that' if e.starts else ''}"
+    ),
+)
 _say(m.PlacementExchanged, lambda e, s, r: _exchanged(e))
 _say(
     m.InstanceDraining,

@@ -331,6 +331,19 @@ class PlacementExchanged(Message, frozen=True, tag="placement.exchanged"):
     reason: Text = ""
 
 
+class PlacementSpread(Message, frozen=True, tag="placement.spread"):
+    """placement > record: nobody waits, these sequences share a device with other models, and `to` idles: they are to
+    move there. `starts`: their model starts there for that; resume_ns: until they go on there, in nanoseconds."""
+
+    model: Name
+    worker: Name
+    to: Name
+    requests: tuple[Name, ...]
+    shared: tuple[Name, ...] = ()
+    starts: bool = False
+    resume_ns: Count = 0
+
+
 class InstanceDraining(Message, frozen=True, tag="instance.draining"):
     """placement > record: this instance takes no new sequence, so that an older request for another model gets room."""
 

@@ -26,6 +26,7 @@ from bus.messages import (
     MoveWanted,
     PlacementExchanged,
     PlacementRefused,
+    PlacementSpread,
     PlaceRequest,
     RequestPlaced,
     ServerReady,
@@ -53,7 +54,7 @@ class Play:
         self.random = Random(seed)
         self.actor = Placement("placement")
         self.actor.rules = 3
-        self.now, self.accepted, self.exchanges = 1, 0, 0
+        self.now, self.accepted, self.exchanges, self.spreads = 1, 0, 0, 0
         self.model: dict[str, str] = {}
         self.attempts: dict[str, int] = {}
         self.waiting: dict[str, bool] = {}
@@ -87,6 +88,9 @@ class Play:
         if isinstance(message, PlacementExchanged):
             self.exchanges += 1
             assert message.migrate_ns > message.move_ns and (message.moves or message.stops)
+        elif isinstance(message, PlacementSpread):
+            self.spreads += 1
+            assert not self.waiting and not [r for r, at in self.running.items() if at == message.to]
         elif isinstance(message, StartInstance):
             for victim in message.evict:
                 self.stopping(receiver, victim)
@@ -245,4 +249,5 @@ def test_whatever_happens_nothing_is_reserved_twice_or_for_ever(seed: int) -> No
 
 
 def test_exchanges_happen_in_what_is_played() -> None:
-    assert sum(play(seed).exchanges for seed in range(20)) >= 5
+    played = [play(seed) for seed in range(20)]
+    assert sum(one.exchanges for one in played) >= 5 and sum(one.spreads for one in played)

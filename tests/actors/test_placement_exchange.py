@@ -10,11 +10,14 @@ from test_placement import Table, drains, placed, starts
 from world import SECOND, card
 
 from actors.placement_exchange import HOLD_NS, MOVES_LIMIT
+from actors.placement_state import RunningInstance, Waiting
 from bus.messages import (
     HeldModel,
     InstanceStopped,
+    ModelRemoved,
     MoveWanted,
     PlacementExchanged,
+    PlacementSpread,
     PlaceRequest,
     SlotDenied,
     SlotKept,
@@ -216,3 +219,59 @@ def test_moves_teach_how_long_the_next_takes() -> None:
     assert times.moves == 1 and times.error_ns > 3 * SECOND and times.estimate(150) > SECOND
     assert before.token_ns["a"] > SECOND // 2, "5 tokens in 4 s"
     assert encode(PlaceRequest("r", 1, "a", 1)).find(b"tokens") < 0, "what was said before is said as before"
+
+
+def shared(rules: int = 3, *, t: Any = "dram") -> Table:
+    """`a` and `b` run on the device of s, one sequence each; that of t idles; nobody waits."""
+    table = Table()
+    table.actor.rules = rules
+    table.server("s", model("a", weight=20), model("b", weight=20))
+    table.worker(S, memory=120, slots=2)
+    for name in "ab":
+        ask(table, f"{name}1", name)
+        table.ready(name, S, slots=2)
+    ask(table, "b2", "b")
+    table.server("t", model("a", t, 20), model("b", t, 20))
+    table.worker(T, memory=120, slots=2)
+    table.now += 3 * SECOND
+    return table
+
+
+def spreads(said: list[To]) -> list[tuple[str, str, str]]:
+    found = [to.message for to in said if isinstance(to.message, PlacementSpread)]
+    return [(one.model, one.worker, one.to) for one in found]
+
+
+def test_what_shares_a_device_moves_to_one_that_idles_once() -> None:
+    table = shared()
+    said = table.release("b2", "b")
+    assert spreads(said) == [("a", S, T)] and starts(said) == [(T, "a", ())] and wanted(said) == [("a1", T)]
+    table.ready("a", T, slots=2)
+    move(table, "a1", "a", S, T)
+    table.now += 100 * SECOND
+    table.worker("gpu/t/1")
+    ask(table, "b3", "b")
+    assert not spreads(table.release("b3", "b")), "each has a device of its own"
+
+
+@pytest.mark.parametrize("reason", ["rules", "far", "young", "moved", "waiting", "taken", "lately"])
+def test_what_shares_a_device_stays_where_a_move_is_no_gain(reason: str) -> None:
+    table = shared(rules=2 if reason == "rules" else 3, t="ssd" if reason == "far" else "dram")
+    state = table.actor.state
+    if reason == "far":
+        state.servers["t"].ssd_rate = 1
+    elif reason == "young":
+        table.now -= 2 * SECOND
+    elif reason == "moved":
+        for known in state.exchange.sequences.values():
+            known.moves = 1
+    elif reason == "waiting":
+        table.tell(ModelRemoved("c"))
+        state.queues["b"] = {"b9": Waiting(1, 9, 9)}
+        state.workers[S].instances["b"].slots = 1
+    elif reason == "taken":
+        state.workers[T].instances["b"] = RunningInstance(2, 40, "running", {"b7": 1})
+    else:
+        state.exchange.spread_at = table.now + 10
+    said = table.release("b2", "b")
+    assert not spreads(said) and not wanted(said)
