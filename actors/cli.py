@@ -121,6 +121,9 @@ def up(
     cell: CellOption = DEFAULT_CELL,
     memory: Annotated[str, typer.Option(metavar="SIZE", help="Device memory of each worker.")] = "",
     dram: Annotated[str, typer.Option(metavar="SIZE", help="DRAM budget of each server for checkpoints.")] = "",
+    dram_tier: Annotated[
+        str, typer.Option(metavar="KIND", help="Where they lie: auto, page-cache, shared-memory, or /DIRECTORY.")
+    ] = "auto",
     slots: Annotated[int, typer.Option(min=0, max=1024, help="Sequences per instance at most; 0: the default.")] = 0,
     fsync: Annotated[bool, typer.Option("--fsync", help="The embedded server fsyncs every message.")] = False,
     log_json: LogJsonOption = False,
@@ -151,6 +154,7 @@ def up(
         fsync_always=fsync,
         memory=memory,
         dram=dram,
+        dram_tier=dram_tier,
         slots=slots,
         config=active_file(),
         log_json=log_json,

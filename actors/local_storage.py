@@ -1,9 +1,8 @@
 """Packed models in a directory of this server, where they come from, and the DRAM tier above them.
 
-A directory per model, named by the escaped name of the model. What is brought to DRAM is checked byte by byte, so a
-model counts as lying there only when this process has checked it and every page is still resident: pages that merely
-happen to be cached were verified by nobody. What does not lie here is fetched from the first source that gives it;
-SSD and DRAM are filled on the way.
+A directory per model, named by the escaped name of the model. What is brought to DRAM is checked byte by byte, and a
+model counts as lying there only while its tier (`loaders.dram_tier`) says so. What does not lie here is fetched from the
+first source that gives it; SSD and DRAM are filled on the way.
 """
 
 from __future__ import annotations
@@ -20,8 +19,10 @@ from actors.stopping import Stop, in_thread
 from actors.store_driver import Loaded, StorageFailed
 from bus.messages import HeldModel, ModelCard, Tier
 from bus.subjects import escape_model, unescape_model
-from loaders import CheckpointError, Manifest, populate_checkpoint, read_manifest, release_checkpoint, resident_bytes
-from loaders.errors import DestinationBusy
+from loaders import CheckpointError, Manifest, read_manifest
+from loaders.dram_tier import DramTier
+from loaders.errors import DestinationBusy, NoRoom
+from loaders.page_cache_tier import PageCacheTier
 from loaders.precedence import Precedence
 from loaders.storage import remove_leftovers
 
@@ -36,12 +37,15 @@ logger = logging.getLogger("longshore.driver")
 
 
 class LocalStorage:
-    """Obeys `actors.store_driver.Storage`. `context_limit` bounds the context that a model is run with."""
+    """Obeys `actors.store_driver.Storage`. `context_limit` bounds the context that a model is run with.
 
-    def __init__(self, directory: Path, *, context_limit: int = DEFAULT_CONTEXT) -> None:
+    `tier` is the page cache, without a memory of what another process brought there, unless another one is given.
+    """
+
+    def __init__(self, directory: Path, *, context_limit: int = DEFAULT_CONTEXT, tier: DramTier | None = None) -> None:
         self._directory = directory
         self._context_limit = context_limit
-        self._checked: dict[str, str] = {}
+        self._tier: DramTier = tier or PageCacheTier(None)
         self._precedence = Precedence()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="storage")
 
@@ -59,6 +63,14 @@ class LocalStorage:
 
     async def delete(self, model: str) -> None:
         await in_thread(self._threads, lambda stop: self._delete(model))
+
+    async def look_after(self) -> None:
+        """Once: what was pushed out of DRAM unasked is brought back, and said."""
+        try:
+            for said in await in_thread(self._threads, lambda stop: self._tier.look_after()):
+                logger.warning("%s", said)
+        except (CheckpointError, OSError) as error:
+            logger.warning("what lies in DRAM cannot be looked after: %s", error)
 
     # ---- in a thread: what there is ---------------------------------------------------------------------------
 
@@ -80,11 +92,15 @@ class LocalStorage:
             try:
                 model = unescape_model(path.name)
                 card = self._card(model)
-                in_dram = self._lies_in_dram(model, card)
+                in_dram = self._tier.holds(path)
             except (StorageFailed, CheckpointError, OSError, ValueError) as error:
                 logger.warning("%s is left out: %s", path, error)
                 continue
             found.append(HeldModel(card, "dram" if in_dram else "ssd", read_source(path)))
+        try:
+            self._tier.forget_others([self._path(held.card.model) for held in found])
+        except (CheckpointError, OSError) as error:
+            logger.warning("what nobody needs any more could not be let go from DRAM: %s", error)
         return tuple(found)
 
     def _find(self, model: str, source: str, stop: Stop) -> HeldModel:
@@ -139,7 +155,9 @@ class LocalStorage:
             raise StorageFailed(f"the weights of {model} on this server are not the ones that were placed", gone=True)
         try:
             with self._precedence.turn("disk", urgent=urgent) as turn:
-                self._bring_to_dram(model, lambda: _wait(turn.wait, stop))
+                self._tier.bring(self._path(model), before=lambda: _wait(turn.wait, stop))
+        except NoRoom as error:
+            raise StorageFailed(str(error)) from error
         except CheckpointError as error:
             known = read_source(self._path(model))
             sources = sources or ((known,) if known else ())
@@ -149,53 +167,39 @@ class LocalStorage:
             return self._load_from_sources(model, digest, sources, urgent, stop)
         except OSError as error:
             raise StorageFailed(f"{model} cannot be read: {error.strerror or error}") from error
-        self._checked[model] = digest
         return Loaded(card.weight_bytes, "ssd")
 
     def _load_from_sources(self, model: str, digest: str, sources: tuple[str, ...], urgent: bool, stop: Stop) -> Loaded:
         with self._precedence.turn("network", urgent=urgent) as turn:
             fetch_model(model, self._path(model), digest, sources, lambda: _wait(turn.wait, stop), stop)
-        self._checked[model] = digest
         card = self._card(model)
-        if not self._lies_in_dram(model, card):
+        if not self._tier.adopt(self._path(model)):
             self._load_from_ssd(model, digest, (), urgent, stop)
         return Loaded(card.weight_bytes, "remote", sources[-1])
-
-    # ---- in a thread: the DRAM tier ---------------------------------------------------------------------------
-
-    def _bring_to_dram(self, model: str, before: Callable[[], None]) -> None:
-        populate_checkpoint(self._path(model), verify=True, before=before)
-
-    def _lies_in_dram(self, model: str, card: ModelCard) -> bool:
-        """What was fetched from a source lies there by that."""
-        checked = self._checked.get(model) == card.digest
-        return resident_bytes(self._path(model)) >= card.weight_bytes and checked
-
-    def _let_go_from_dram(self, model: str) -> None:
-        self._checked.pop(model, None)
-        try:
-            release_checkpoint(self._path(model))
-        except (CheckpointError, OSError) as error:
-            logger.warning("%s could not be let go from DRAM: %s", model, error)
 
     # ---- in a thread: letting go ------------------------------------------------------------------------------
 
     def _evict(self, model: str, tier: Tier) -> None:
-        if not self._path(model).is_dir():
-            self._checked.pop(model, None)
-            return
         self._let_go_from_dram(model)
+        if not self._path(model).is_dir():
+            return
         if tier == "ssd":
             try:
                 self._delete(model)
             except StorageFailed as failed:
                 logger.warning("%s could not be let go from the SSD: %s", model, failed)
 
+    def _let_go_from_dram(self, model: str) -> None:
+        try:
+            self._tier.release(self._path(model))
+        except (CheckpointError, OSError) as error:
+            logger.warning("%s could not be let go from DRAM: %s", model, error)
+
     def _delete(self, model: str) -> None:
         path = self._path(model)
-        self._checked.pop(model, None)
         if not path.is_dir():
             raise StorageFailed(f"{model} does not lie on this server", gone=True)
+        self._let_go_from_dram(model)
         # A name that no scan takes for a model: a crash in between leaves nothing that looks whole.
         doomed = path.with_name(f".{path.name}{_DELETED}")
         shutil.rmtree(doomed, ignore_errors=True)

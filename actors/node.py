@@ -32,6 +32,8 @@ from bus.health import Health
 from bus.jetstream import JetStreamBus
 from bus.messages import DriverLost
 from bus.tasks import Tasks
+from loaders import CheckpointError
+from loaders.dram_tier import DramTier, choose_tier
 
 FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 2.0
@@ -40,6 +42,9 @@ STEADY_SECONDS = 10.0
 STOP_SECONDS = 5.0
 SERVING_SECONDS = 3.0
 """What a worker said of itself counts for so long."""
+
+LOOK_AFTER_SECONDS = 10.0
+"""So often is looked whether what counts as lying in DRAM does."""
 
 _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
@@ -75,6 +80,7 @@ class NodeOptions:
     device: str
     threads: int
     context: int = DEFAULT_CONTEXT
+    dram_tier: str = "auto"
     log_json: bool = False
     health: str = ""
     ssd_bytes: int = 0
@@ -95,7 +101,9 @@ async def run_node(options: NodeOptions) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
     served = ModelServer(options.models, options.serve_models) if options.serve_models else None
-    storage = LocalStorage(options.models, context_limit=options.context)
+    tier = await asyncio.to_thread(_choose_tier, options)
+    logger.info("the DRAM of node %s: %s", options.server, tier.description)
+    storage = LocalStorage(options.models, context_limit=options.context, tier=tier)
     driver = StoreDriver(
         options.server,
         dram_bytes=options.dram_bytes,
@@ -111,7 +119,8 @@ async def run_node(options: NodeOptions) -> None:
     except BaseException:
         await bus.close()
         raise
-    workers = [WorkerProcess(context, worker_settings(options, index), bus) for index in range(options.workers)]
+    settings = [worker_settings(options, index, tier.weights_root) for index in range(options.workers)]
+    workers = [WorkerProcess(context, one, bus) for one in settings]
     tasks = Tasks()
     try:
         async with Health(f"node {options.server}").kept(options.health) as health:
@@ -119,6 +128,7 @@ async def run_node(options: NodeOptions) -> None:
             supervisors = [tasks.start(worker.supervise(), worker.name) for worker in workers]
             tasks.start(_until(ending), "ending")
             tasks.start(_leave(bus, options.server), "leaving")
+            tasks.start(_look_after(storage), "looking after")
             tasks.start(_alone(shell, options.server), "alone")
             health.reasons = lambda: obstacles(bus, shell, workers)
             if served is not None:
@@ -138,6 +148,19 @@ async def run_node(options: NodeOptions) -> None:
         await bus.close()
         os.close(lock)
     logger.info("node %s has ended", options.server)
+
+
+def _choose_tier(options: NodeOptions) -> DramTier:
+    try:
+        return choose_tier(options.dram_tier, options.models, server=options.server)
+    except CheckpointError as error:
+        raise UserError(f"--dram-tier {options.dram_tier}: {error}") from None
+
+
+async def _look_after(storage: LocalStorage) -> None:
+    while True:
+        await asyncio.sleep(LOOK_AFTER_SECONDS)
+        await storage.look_after()
 
 
 def _take_server(options: NodeOptions) -> int:
@@ -196,13 +219,14 @@ def obstacles(bus: JetStreamBus, shell: DriverShell, workers: list[WorkerProcess
     return found
 
 
-def worker_settings(options: NodeOptions, index: int) -> WorkerSettings:
+def worker_settings(options: NodeOptions, index: int, dram: Path | None = None) -> WorkerSettings:
     return WorkerSettings(
         nats=options.nats,
         cell=options.cell,
         server=options.server,
         index=index,
         models=str(options.models),
+        dram=str(dram or ""),
         memory_bytes=options.memory_bytes,
         max_slots=options.slots,
         device=f"cuda:{index}" if options.device == "cuda" else options.device,

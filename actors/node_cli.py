@@ -51,6 +51,13 @@ def node(
         str,
         typer.Option(metavar="HOST:PORT", help="Let other servers fetch packed models there, by http, without login."),
     ] = "",
+    dram_tier: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="Where they lie: auto, page-cache, shared-memory, or a directory in a tmpfs (see `doctor memory`).",
+        ),
+    ] = "auto",
     slots: Annotated[int, typer.Option(min=1, max=4096, help="Sequences of one model at once.")] = DEFAULT_SLOTS,
     device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where models compute.")] = "cpu",
     threads: Annotated[
@@ -89,6 +96,7 @@ def node(
         workers=workers,
         memory_bytes=parse_size(memory, "--memory") if memory else _memory_of_worker(device, workers),
         dram_bytes=parse_size(dram, "--dram") if dram else int(_memory_of_server() * DRAM_SHARE),
+        dram_tier=dram_tier,
         slots=slots,
         device=device,
         threads=threads or max(1, len(os.sched_getaffinity(0)) // workers),

@@ -53,6 +53,7 @@ class UpOptions:
     fsync_always: bool = False
     memory: str = ""
     dram: str = ""
+    dram_tier: str = "auto"
     slots: int = 0
     config: Path | None = None
     log_json: bool = False
@@ -113,7 +114,7 @@ class CellProcesses:
             # They share the directory of the models, so that there is nothing to fetch from each other.
             arguments += ["--serve-models", ""]
             arguments += ["--workers", str(options.workers), "--device", options.device]
-            arguments += ["--dram", options.dram or str(_share(options.nodes))]
+            arguments += ["--dram", options.dram or str(_share(options.nodes)), "--dram-tier", options.dram_tier]
             memory = options.memory or (str(_share(options.nodes * options.workers)) if options.device == "cpu" else "")
             arguments += ["--memory", memory] if memory else []
             arguments += ["--slots", str(options.slots)] if options.slots else []

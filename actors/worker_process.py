@@ -55,7 +55,12 @@ async def serve_worker(settings: WorkerSettings, beat: Beat) -> None:
         logger.error("%s hangs in a step or an attach and ends, to be started again", name)
         _leave(1)
 
-    runtime = LocalRuntime(Path(settings.models), device=settings.device, give_up=give_up)
+    runtime = LocalRuntime(
+        Path(settings.models),
+        device=settings.device,
+        dram=Path(settings.dram) if settings.dram else None,
+        give_up=give_up,
+    )
     bus = await JetStreamBus.connect(settings.nats, settings.cell, name=f"longshore {name}")
     driver = WorkerDriver(
         bus,

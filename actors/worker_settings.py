@@ -20,8 +20,11 @@ class WorkerSettings:
     server: str
     index: int
     models: str
+    """The directory of packed models."""
     memory_bytes: int
     max_slots: int
+    dram: str = ""
+    """Where their copies in shared memory lie; empty for none."""
     device: str = "cpu"
     threads: int = 1
     log_json: bool = False

@@ -38,11 +38,12 @@ class _Held(msgspec.Struct):
 
 
 class PageCacheTier:
-    """Obeys `loaders.dram_tier.DramTier`. `state`: a directory of its own for the notes, made when needed."""
+    """Obeys `loaders.dram_tier.DramTier`. `state`: a directory of its own for the notes, made when needed; None: the
+    next store believes nothing of this one."""
 
     weights_root: Path | None = None
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path | None) -> None:
         self._state = state
         self._lock = threading.Lock()
         self._held: dict[Path, _Held] = {}
@@ -54,10 +55,8 @@ class PageCacheTier:
         return f"the page cache of the packed files, {locked}"
 
     def bring(self, directory: Path, *, before: Callable[[], None] | None = None) -> int:
-        if before is not None:
-            before()
         digest = read_manifest(directory).digest
-        report = populate_checkpoint(directory, verify=True)
+        report = populate_checkpoint(directory, verify=True, before=before)
         self._keep(directory, digest)
         return report.bytes
 
@@ -79,18 +78,23 @@ class PageCacheTier:
             return True
         if held is not None or self._noted(directory) != note:
             return False
-        self.bring(directory)
+        try:
+            self.bring(directory)
+        except CheckpointError:  # whoever loads it is told
+            return False
         return True
 
     def release(self, directory: Path) -> int:
         with self._lock:
             # With the last reference the mapping goes, and its lock.
             self._held.pop(directory, None)
-        self._note_path(directory).unlink(missing_ok=True)
+        self._forget(directory)
         return release_checkpoint(directory)
 
     def forget_others(self, directories: Iterable[Path]) -> None:
-        wanted = {self._note_path(directory) for directory in directories}
+        if self._state is None:
+            return
+        wanted = {_note_path(self._state, directory) for directory in directories}
         for path in self._state.glob("*.json"):
             if path not in wanted:
                 path.unlink(missing_ok=True)
@@ -112,7 +116,7 @@ class PageCacheTier:
             except (CheckpointError, OSError) as error:
                 with self._lock:
                     self._held.pop(directory, None)
-                self._note_path(directory).unlink(missing_ok=True)
+                self._forget(directory)
                 said.append(f"{lost} and cannot be brought back: {error}")
         return said
 
@@ -131,18 +135,27 @@ class PageCacheTier:
         note = _describe(directory, digest)
         with self._lock:
             self._held[directory] = _Held(note, mapping)
+        if self._state is None:
+            return
         with contextlib.suppress(OSError):  # without a note the next store reads it once more, that is all
             self._state.mkdir(parents=True, exist_ok=True)
-            self._note_path(directory).write_bytes(msgspec.json.encode(note))
+            _note_path(self._state, directory).write_bytes(msgspec.json.encode(note))
 
-    def _note_path(self, directory: Path) -> Path:
-        return self._state / f"{directory.name}.json"
+    def _forget(self, directory: Path) -> None:
+        if self._state is not None:
+            _note_path(self._state, directory).unlink(missing_ok=True)
 
     def _noted(self, directory: Path) -> _Note | None:
+        if self._state is None:
+            return None
         try:
-            return msgspec.json.decode(self._note_path(directory).read_bytes(), type=_Note)
+            return msgspec.json.decode(_note_path(self._state, directory).read_bytes(), type=_Note)
         except (OSError, msgspec.DecodeError):
             return None
+
+
+def _note_path(state: Path, directory: Path) -> Path:
+    return state / f"{directory.name}.json"
 
 
 def _describe(directory: Path, digest: str) -> _Note:

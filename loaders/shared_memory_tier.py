@@ -100,6 +100,10 @@ class SharedMemoryTier:
     def bring(self, directory: Path, *, before: Callable[[], None] | None = None) -> int:
         manifest = read_manifest(directory)
         key = key_of(manifest)
+        with self._lock:
+            held = self._held.get(directory)
+        if held is not None and held[0] != key:
+            self.release(directory)  # another packing lies there by now
         with self._filling:  # so that the room that was found is not given away twice
             if not (self._root / key).is_dir():
                 self._fill(directory, manifest, before)
