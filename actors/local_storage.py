@@ -1,8 +1,8 @@
 """Packed models in a directory of this server, where they come from, and the DRAM tier above them.
 
 A directory per model, named by the escaped name of the model. What is brought to DRAM is checked byte by byte, and a
-model counts as lying there only while its tier (`loaders.dram_tier`) says so. What does not lie here is fetched from the
-first source that gives it; SSD and DRAM are filled on the way.
+model counts as lying there only while its tier (`loaders.dram_tier`) says so. What does not lie here is fetched from
+the first source that gives it; SSD and DRAM are filled on the way.
 """
 
 from __future__ import annotations

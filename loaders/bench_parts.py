@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,15 +19,17 @@ import msgspec
 
 from loaders.bench_checkpoint import make_checkpoint, make_packed
 from loaders.bench_load import drop_cache, read_through
+from loaders.dram_tier import DramTier
 from loaders.errors import CheckpointError
 from loaders.fetch import fetch_checkpoint
 from loaders.load import READ_THREADS, load_checkpoint
-from loaders.manifest import MANIFEST_NAME
 from loaders.mapping import FileMapping
 from loaders.memory import MemoryPool
 from loaders.packed import WEIGHTS_NAME
+from loaders.page_cache_tier import PageCacheTier
 from loaders.plan import plan_load
 from loaders.read_threads import PREFETCH, URGENT, ReadThreads
+from loaders.shared_memory_tier import SharedMemoryTier, weights_directory
 
 Tell = Callable[[str], None]
 
@@ -57,33 +60,46 @@ print(json.dumps([(viewed - began) * 1e3, (ended - began) * 1e3, len(mapped.tens
 
 
 def bench_attach(folder: Path, tensor_bytes: int, *, runs: int, tensors: int = 1000, tell: Tell) -> list[AttachRow]:
-    """DRAM to usable parameters in a fresh process: the page cache of the packed file, and shared 4 KiB pages."""
+    """DRAM to usable parameters in a fresh process, interleaved: every DRAM tier that this system grants.
+
+    Shared memory with huge pages needs a tmpfs of its own, which only root may mount; otherwise its row is missing.
+    """
     name = f"{tensor_bytes / 1e9:g}gb-{tensors}"
     tell(f"{tensor_bytes / 1e9:g} GB of {tensors} tensors, from DRAM")
-    packed = folder / f"packed-{name}"
-    if not (packed / MANIFEST_NAME).exists():
-        source = make_checkpoint(folder / f"source-{name}", tensor_bytes, tensors)
-        make_packed(source, packed)
-        shutil.rmtree(source)  # nothing else reads this one
-    rows = []
+    packed = make_packed(make_checkpoint(folder / f"source-{name}", tensor_bytes, tensors), folder / f"packed-{name}")
+    size = (packed / WEIGHTS_NAME).stat().st_size
     small = Path("/dev/shm") / f"longshore-bench-{os.getpid()}"
-    try:
-        for memory, place in (("page cache of the packed file", packed), ("shared memory", small)):
-            if place is small:
-                shutil.copytree(packed, small)
+    places: dict[str, Path] = {}
+    found: dict[str, list[list[float]]] = {}
+    with contextlib.ExitStack() as stack:
+        stack.callback(SharedMemoryTier.remove, small)
+        roots = [small]
+        mount = folder / "huge"
+        mount.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"huge=advise,size={size * 2}", "tmpfs", str(mount)]
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+            stack.callback(subprocess.run, ["umount", "-l", str(mount)], check=False)
+            roots.append(mount / "longshore")
+        tiers: list[DramTier] = [PageCacheTier(None), *(SharedMemoryTier(root) for root in roots)]
+        for tier in tiers:
+            tier.bring(packed)
+            place = packed if tier.weights_root is None else weights_directory(tier.weights_root, packed)
+            kind_of_memory = "page cache of the packed file" if tier.weights_root is None else "shared memory"
             mapping = FileMapping(place / WEIGHTS_NAME)
             mapping.want_huge_pages()
             mapping.populate(0, mapping.bytes)
             kind = mapping.page_kind()
             pages = f"{kind.huge_share:.0%} huge pages" if kind else "pages unknown"
             del mapping
-            found = [json.loads(_python(_ATTACH, str(place))) for _ in range(runs)]
-            views, touched = tuple(one[0] for one in found), tuple(one[1] for one in found)
-            size = (place / WEIGHTS_NAME).stat().st_size
-            rows.append(AttachRow(size, found[0][2], f"{memory}, {pages}", views, touched))
-    finally:
-        shutil.rmtree(small, ignore_errors=True)
-    return rows
+            places[f"{kind_of_memory}, {pages}"] = place
+        for number in range(runs):
+            tell(f"a start from each kind of DRAM, run {number + 1} of {runs}")
+            for memory, place in places.items():
+                found.setdefault(memory, []).append(json.loads(_python(_ATTACH, str(place))))
+    return [
+        AttachRow(size, int(rows[0][2]), memory, tuple(one[0] for one in rows), tuple(one[1] for one in rows))
+        for memory, rows in found.items()
+    ]
 
 
 class FetchRow(msgspec.Struct, frozen=True):
