@@ -235,7 +235,8 @@ def bench_first_token(packed: Path, *, runs: int, tell: Tell) -> FirstTokenRow:
         return list(json.loads(_python(_FIRST_TOKEN, str(packed), when, str(tokens), before=lambda: drop_cache(files))))
 
     files = [packed / WEIGHTS_NAME]
-    for _ in range(6):
+    for attempt in range(6):
+        tell(f"first token: how long the prompt has to be, try {attempt + 1} with {tokens} tokens")
         _, load_seconds, prefill = once("after")
         if load_seconds / 3 <= prefill <= load_seconds:
             break
