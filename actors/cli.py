@@ -260,6 +260,10 @@ def _print_status(found: dict[str, Any]) -> None:
         sizes = show_size(worker["memory_bytes"]), show_size(worker["free_bytes"])
         workers.add_row(name, worker["device"], str(worker["process"]), *sizes, running or "-")
     console.print(workers)
+    for model, times in found.get("moves", {}).items():
+        line = f"{times['ns_per_token'] / 1e6:.3g} ms per token and {times['fixed_ns'] / 1e6:.3g} ms"
+        many = f"{times['moves']} move{'s' if times['moves'] > 1 else ''} of {model}"
+        console.print(f"{many} so far: {line}, off by {times['error_ns'] / 1e6:.3g} ms on average")
 
 
 async def replay(

@@ -506,6 +506,7 @@ class Intake:
             "servers": servers,
             "workers": workers,
             "models": [model["model"] for model in self._models() if not model["removed"]],
+            "moves": {name: times.described() for name, times in placement.exchange.resume.items()},
         }
 
     # ---- what the replica knows -------------------------------------------------------------------------------

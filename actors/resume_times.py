@@ -57,6 +57,11 @@ class ResumeTimes(msgspec.Struct):
         a, b = self.line()
         return a * tokens + b if sequences else 0
 
+    def described(self) -> dict[str, int]:
+        """For people and programs: nanoseconds per token, nanoseconds beside that, mean error, moves seen."""
+        a, b = self.line()
+        return {"moves": self.moves, "ns_per_token": a, "fixed_ns": b, "error_ns": self.error_ns}
+
     def learn(self, tokens: int, elapsed_ns: int) -> None:
         """One more move has finished."""
         tokens = min(TOKENS_LIMIT, max(0, tokens))

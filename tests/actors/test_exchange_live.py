@@ -48,6 +48,8 @@ async def test_what_runs_moves_away_for_a_model_that_lies_here(tmp_path: Path) -
         short = await ask(cell, "stub-1", "short", 8, asyncio.Event())
         assert len(short) == 8 and not long.done(), "it did not wait for the long answer"
         assert len(await long) == TOKENS
+        times = (await cell.status())["moves"]["stub"]
+        assert times["moves"] == 1 and times["fixed_ns"] > 0
         calm = await ask(cell, "stub", "calm", 40, asyncio.Event())
         assert (await long)[:40] == calm
         records, said = await ledger(cell)
