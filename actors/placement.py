@@ -93,7 +93,7 @@ class Placement(PlacementDrain):
             instance = self._instance(placed.worker, placed.model)
             if model is None or instance is None:
                 return []
-            instance.active.pop(message.request, None)
+            self._vacate(instance, message.request, message.attempt)
             instance.used_at = now
             self._index(placed.worker, model, instance)
             return self._use_slot(model, instance, now)

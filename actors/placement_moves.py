@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from actors.placement_exchanges import PlacementExchanges
 from actors.placement_start import best_options
-from actors.placement_state import KnownModel, Placed, SlotWish
+from actors.placement_state import KnownModel, Placed, RunningInstance, SlotWish
 from bus.messages import SlotDenied, SlotKept, SlotReleased, SlotTaken, To, WantSlot
 
 STARTS_LIMIT = 2
@@ -50,10 +50,15 @@ class PlacementMoves(PlacementExchanges):
         model, instance = self.state.models.get(kept.model), self._instance(kept.worker, kept.model)
         if model is None or instance is None:
             return []
-        instance.active.pop(message.request, None)
+        self._vacate(instance, message.request, message.attempt)
         instance.used_at = now
         self._index(kept.worker, model, instance)
         return self._use_slot(model, instance, now)
+
+    def _vacate(self, instance: RunningInstance, request: str, attempt: int) -> None:
+        """Its slot is free, unless a later attempt has taken it: it may be placed where one was kept for its move."""
+        if self.rules < 3 or instance.active.get(request) == attempt:
+            instance.active.pop(request, None)
 
     def _serve_wishes(self, now: int) -> list[To]:
         said: list[To] = []

@@ -8,7 +8,8 @@ what stands behind it by the new one, on every replica and in every replay. So b
     version 3: tiers are weighed as one: what is evicted is what costs least to bring back and is wanted latest
         (`actors.store_room`), models may come from other servers and remote sources, and running models move away for
         those that start sooner in their place; a drain moves first what is urgent and what saves most, and who finds
-        no slot then waits for one; a worker that is told to end is no death of its requests; `self.rules >= 3`
+        no slot then waits for one; a worker that is told to end is no death of its requests; no two attempts of a
+        request have the same number, moves that came to nothing included; `self.rules >= 3`
 
 Version N may be taken out, with what is its own in those places, once nobody has to decide by it any more: every cell's
 switch to a later one lies behind its oldest snapshot, and no recording from before that is to be verified by this

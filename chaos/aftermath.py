@@ -185,7 +185,7 @@ class Aftermath:
         if not same:
             self.violation(Promise.UNDISTURBED, f"{application.plan.key} was computed from another prompt or seed")
         context = next(card.context for card in self._world.options.models if card.model == model)
-        expected, vectors, how = run(undisturbed(start, context))
+        expected, vectors, how = run(undisturbed(start, context, self._world.options.eos_tokens))
         if answer is not None and answer.vectors != vectors[: len(answer.vectors)]:
             self.violation(Promise.UNDISTURBED, f"{plan.key} has other vectors than an undisturbed cell gives")
         whole = end.outcome == "finished"

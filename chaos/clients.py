@@ -87,12 +87,15 @@ def draw_fields(random: Random) -> RequestFields:
 
 def draw_plans(random: Random, options: Options) -> list[Plan]:
     """All requests of a world, in bursts over its time of faults."""
-    bursts = sorted(random.uniform(0.3, options.fault_seconds * 0.8) for _ in range(random.randint(1, 4)))
+    latest = options.fault_seconds * (0.3 if options.longest_prompt else 0.8)
+    bursts = sorted(random.uniform(0.3, latest) for _ in range(random.randint(1, 4)))
     plans = []
     for number in range(options.requests):
         # From a generator of its own, so that worlds of before stay the same but for this.
         more = seeded("fields", options.seed, number)
         prompt = f"request {number} " + "x" * random.randint(0, 15)
+        if options.longest_prompt:
+            prompt += "y" * int((options.longest_prompt - 40) * seeded("prompts", options.seed, number).random() ** 2)
         plans.append(
             Plan(
                 number=number,

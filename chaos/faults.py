@@ -113,4 +113,6 @@ class SeededFaults:
 
     def stalled(self) -> float:
         """Seconds for which it stays frozen; 0 where it is not."""
+        if not self._stalled_until:
+            return 0.0
         return max(0.0, self._stalled_until - asyncio.get_running_loop().time())

@@ -16,9 +16,6 @@ from actors.worker_runtime import AttachRefused, EncodedPrompt, PromptRefused, S
 from bus.messages import Generation, ModelCard
 from chaos.options import Options
 
-EOS = frozenset(range(15))
-"""So many of the stub's 1,000 tokens end an answer."""
-
 REFUSED_PROMPT = "refused "
 """No engine takes prompts that begin so."""
 
@@ -78,7 +75,10 @@ class SimulatedRuntime(StubRuntime):
     def __init__(
         self, random: Random, options: Options, active: Callable[[], bool], admitted: Admitted, over: Over
     ) -> None:
-        super().__init__(step_seconds=0.005 + 0.03 * random.random(), eos=EOS, prefill_chunk=64)
+        step_seconds = options.step_ms / 1000 * (0.25 + 1.5 * random.random())
+        super().__init__(
+            step_seconds=step_seconds, eos=frozenset(range(options.eos_tokens)), prefill_chunk=options.prefill_chunk
+        )
         self._random = random
         self._options = options
         self._active = active
@@ -173,8 +173,9 @@ class Undisturbed(NamedTuple):
     end: str
 
 
-async def undisturbed(start: Any, context: int) -> Undisturbed:
-    engine = await StubRuntime(eos=EOS, prefill_chunk=4096).attach("m", "", slots=1, kv_bytes=1, context=context)
+async def undisturbed(start: Any, context: int, eos_tokens: int) -> Undisturbed:
+    eos = frozenset(range(eos_tokens))
+    engine = await StubRuntime(eos=eos, prefill_chunk=4096).attach("m", "", slots=1, kv_bytes=1, context=context)
     engine.admit(dataclasses.replace(start, generated=(), held=False))
     tokens: list[int] = []
     vectors: list[bytes] = []

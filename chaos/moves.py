@@ -46,7 +46,8 @@ class Mover:
         random = self._random
         servers = [f"s{number}" for number in range(self._options.servers)]
         workers = [f"gpu/{server}/{index}" for server in servers for index in range(self._options.workers)]
-        to = random.choice(["", "", *servers, *workers, "s9"])
+        places = ["", "", *servers] if self._options.longest_prompt else ["", "", *servers, *workers, "s9"]
+        to = random.choice(places)
         kind = random.random()
         if kind < 0.4:
             return MigrateRequested(model=random.choice(self._options.models).model, to=to)

@@ -45,6 +45,10 @@ class Observer:
         self._sealed: dict[str, int] = {}
         self._page_counts: dict[str, int] = {}
 
+    def attempt(self, request: str) -> int:
+        """The latest attempt of which a page is durable; 0 for none."""
+        return self.answers.get(request, _NOTHING).attempt
+
     def violation(self, promise: Promise, text: str) -> None:
         self._violations.add(promise, self._clock(), text)
 

@@ -17,6 +17,7 @@ from bus.messages import ModelCard
 from chaos.faults import Odds, draw_odds
 
 KIB = 1024
+LONGEST_PROMPT = 2000
 DISTURBANCES = ("crash", "cut", "freeze", "outage")
 
 
@@ -33,14 +34,17 @@ class Troubles:
 @dataclass(frozen=True, slots=True)
 class Options:
     """`disturb_every`: virtual seconds between disturbances, on average. `crash_at_record`: the chance that somebody
-    dies as a record is stored, `crash_at_move` the same for one with which a phase of a move begins; `crash_at` is
-    the number of the one record (counted over both logs, 0 for none) whose publisher dies then, before or after it
-    learns of it. `wobble`: engines whose tokens depend on the engine, as in bf16. `removals`: how often the operator
-    takes a model out. `moves`: how often it wants something moved (chaos.moves). `several`: the share of requests
-    that ask for several answers. `upgrade`: all controls begin as old programs and are replaced, the rules switched
-    (chaos.upgrades). `snapshot_facts`: facts between two snapshots; `snapshot_trouble`: the chance that the writer of
-    a piece dies, and that the disk loses a part of it; `generations`: whether the ledger's beginning is dropped now
-    and then. `long_answers`: of 40 to 200 tokens. `scattered`: no server holds all models.
+    dies as a record is stored, `crash_at_move` the same for those of the ledger during moves (chaos.deaths);
+    `crash_at` is the number of the one record (counted over both logs, 0 for none) whose publisher dies then, before
+    or after it learns of it. `wobble`: engines whose tokens depend on the engine, as in bf16. `removals`: how often
+    the operator takes a model out. `moves`: how often it wants something moved (chaos.moves), `drains`: a server
+    drained (chaos.drains). `several`: the share of requests that ask for several answers. `upgrade`: all controls
+    begin as old programs and are replaced, the rules switched (chaos.upgrades). `snapshot_facts`: facts between two
+    snapshots; `snapshot_trouble`: the chance that the writer of a piece dies, and that the disk loses a part of it;
+    `generations`: whether the ledger's beginning is dropped now and then. `long_answers`: of 40 to 200 tokens.
+    `longest_prompt`: prompts have up to so many tokens, and all begin early; 0: short ones at any time.
+    `prefill_chunk`: tokens of prompts that an engine computes per step, each of which takes `step_ms` milliseconds on
+    average. `eos_tokens`: so many of the stub's 1,000 tokens end an answer. `scattered`: no server holds all models.
     `rules`: the version that is switched to as the world begins.
     """
 
@@ -76,6 +80,11 @@ class Options:
     long_answers: bool = False
     scattered: bool = False
     rules: int = FIRST_RULES
+    longest_prompt: int = 0
+    prefill_chunk: int = 64
+    eos_tokens: int = 15
+    step_ms: int = 20
+    drains: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For people and for JSON: the fault kinds that are on, with their odds."""
@@ -151,20 +160,41 @@ def _roomy(options: Options) -> Options:
 
 
 def moving(seed: int) -> Options:
-    """A world of long answers, of which its operator moves many, with deaths at any record."""
+    """A world of long prompts and answers, of which its operators move and drain much, with deaths at any message.
+
+    Prefill is some ten times as fast per token as decoding, so catching up takes rounds. The other faults are off in
+    half of the worlds and rarer in the rest: moves that never get anywhere show nothing.
+    """
+    random = Random(f"moving {seed}")
     options = _roomy(draw(seed))
-    cards = tuple(msgspec.structs.replace(card, context=512) for card in options.models)
-    most = max(card.weight_bytes + card.context * card.kv_bytes_per_token for card in cards)
+    cards = tuple(msgspec.structs.replace(card, context=LONGEST_PROMPT + 240) for card in options.models)
+    weights = sum(card.weight_bytes for card in cards)
+    slot = max(card.context * card.kv_bytes_per_token for card in cards)
     return replace(
         options,
-        models=cards,
-        memory_bytes=3 * most,
-        moves=150,
+        models=cards[:3],
+        cursed="",
+        memory_bytes=weights + 3 * 5 * slot,
+        max_slots=random.randint(3, 5),
+        moves=random.choice((10, 20, 40)),
+        drains=random.choice((0, 0, 1, 3, 6)),
         long_answers=True,
-        crash_at_move=0.05,
-        requests=20,
+        longest_prompt=LONGEST_PROMPT,
+        prefill_chunk=random.choice((8, 12, 20)),
+        step_ms=random.choice((20, 40)),
+        crash_at_move=random.choice((0.005, 0.02, 0.05)),
+        crash_at_record=0.0,
+        disturbances=options.disturbances if random.random() < 0.3 else (),
+        odds=options.odds if random.random() < 0.5 else Odds(),
+        troubles=options.troubles if random.random() < 0.3 else Troubles(),
+        requests=random.randint(6, 14),
+        several=0.1,
         removals=0,
-        crash_at_record=Random(f"deaths {seed}").choice((0.003, 0.01, 0.02)),
+        snapshot_trouble=0.0 if options.generations else options.snapshot_trouble,
+        rules=KNOWN_RULES[-1],
+        fault_seconds=random.uniform(5.0, 10.0),
+        upgrade=False,
+        eos_tokens=4,
     )
 
 
@@ -187,7 +217,7 @@ def crowded(seed: int) -> Options:
         moves=random.choice((0, 0, 20)),
         scattered=True,
         rules=KNOWN_RULES[-1],
-        crash_at_move=random.choice((0.0, 0.0, 0.03)),
+        crash_at_move=random.choice((0.0, 0.0, 0.01)),
         crash_at_record=random.choice((0.0, 0.003)),
         removals=random.choice((0, 0, 1)),
     )
@@ -205,6 +235,7 @@ def calm(seed: int) -> Options:
         removals=0,
         upgrade=False,
         moves=0,
+        drains=0,
         wobble=False,
         snapshot_trouble=0.0,
     )

@@ -26,6 +26,8 @@ class Promise(Enum):
     BUDGETS = "memory, DRAM and slots are within their budgets"
     NOTHING_LEFT = "when all is quiet nothing is left behind"
     QUIET = "once the faults are over everything comes to its end"
+    DRAINED = "a drained server holds nothing or says how much, and takes nothing new"
+    MOVES_END = "a move that began ends, or its request does"
     NO_NEEDLESS_FAILURE = "a request fails only where something failed under it"
 
 

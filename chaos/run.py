@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -25,7 +25,7 @@ Say = Callable[[float, str], None]
 class Verdict:
     """What came of one seed. `events` are (virtual seconds, what happened); `seconds` are real ones.
 
-    `kills`: how many moves were in each phase at a death.
+    `deaths`: those during moves, counted by chaos.deaths.Tally.
     """
 
     options: Options
@@ -39,7 +39,7 @@ class Verdict:
     quiet_after: float
     seconds: float
     moves: int = 0
-    kills: tuple[tuple[str, int], ...] = ()
+    deaths: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -102,7 +102,7 @@ def run_world(
         quiet_after=world.quiet_after,
         seconds=time.perf_counter() - started,
         moves=world.phases.moves,
-        kills=tuple(world.phases.kills.items()),
+        deaths=world.deaths.tally.as_dict(),
     )
 
 

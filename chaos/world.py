@@ -24,9 +24,19 @@ from actors.store_driver import StoreDriver
 from actors.worker_driver import WorkerDriver
 from bus.contract import BusError, Record
 from bus.memory import MemoryServer
-from bus.messages import FactEnvelope, RequestsConfigured, encode, kind_of
+from bus.messages import (
+    FactEnvelope,
+    RequestsConfigured,
+    ServerDrained,
+    decode_said,
+    decode_said_body,
+    encode,
+    kind_of,
+)
 from bus.subjects import Subjects
 from chaos.clients import Application, draw_plans
+from chaos.deaths import Death, Deaths, of_server
+from chaos.drains import Drainer
 from chaos.faults import SeededFaults
 from chaos.machines import SimulatedRuntime, SimulatedStorage, seeded
 from chaos.moves import Mover
@@ -68,6 +78,7 @@ class World:
         self.server = MemoryServer(CELL, dedupe_seconds=options.dedupe_seconds)
         self.subjects = Subjects(CELL)
         self.phases = Phases(self.subjects)
+        self.deaths = Deaths(seeded("deaths of moves", options.seed), options.crash_at_move, [], self.phases)
         self.starts: dict[str, Any] = {}
         self.samples: list[Sample] = []
         self.troubled = True
@@ -77,13 +88,13 @@ class World:
         self.processes: list[Process] = []
         self.applications: list[Application] = []
         self.operator: Operator | None = None
+        self.drainer: Drainer | None = None
         self.upgrade = Upgrade(
             seeded("upgrade", options.seed), options, self.server.bus("upgrade"), self.subjects, self.note
         )
         self._say = say
         self._random = seeded("world", options.seed)
         self._snapshot_random = seeded("snapshots", options.seed)
-        self._move_random = seeded("deaths of moves", options.seed)
         self._faults: list[SeededFaults] = []
         self._lines: dict[str, int] = {}
         self._boots: dict[str, Process] = {}
@@ -129,6 +140,15 @@ class World:
             self._active,
         )
         helpers.append(asyncio.ensure_future(mover.run()))
+        self.drainer = Drainer(
+            seeded("drains", self.options.seed),
+            self.options,
+            self._connect("drainer"),
+            self.subjects,
+            self.note,
+            self._active,
+        )
+        readers.append(asyncio.ensure_future(self.drainer.run()))
         controls = [process for process in self.processes if process.name.startswith("control-")]
         readers.append(asyncio.ensure_future(self.upgrade.run(controls)))
         await asyncio.sleep(self.options.fault_seconds)
@@ -160,6 +180,7 @@ class World:
             self._process(f"store/{server}", self._store(server, storage))
             for index in range(options.workers):
                 self._process(f"gpu/{server}/{index}", self._worker(server, index))
+        self.deaths.names += [process.name for process in self.processes]
         for process in self.processes:
             asyncio.get_running_loop().call_later(0.2 * self._random.random(), process.start)
 
@@ -272,9 +293,14 @@ class World:
         if log == "parts":
             return  # their publishers are applications, which do not die
         self.observer.stored(log, record)
-        moving = log == "ledger" and self.phases.stored(record)
+        death = None
         if log != "ledger":
-            self.phases.page()
+            self.phases.page(self.observer.attempt)
+        else:
+            kind = self.phases.stored(record)
+            if kind == "server.drained":
+                self._leave(record)
+            death = self.deaths.draw(kind) if self.troubled else None
         if self._say is not None:
             text = record.payload.decode("utf-8", "replace")
             self._say(self.now(), f"{log} {record.sequence} {record.subject} [{record.publisher}] {text}")
@@ -283,8 +309,8 @@ class World:
         where = f"{log} {record.sequence}"
         if self._stored_count == self.options.crash_at:
             self._kill_at(publisher, where, self.options.crash_before_answer)
-        elif moving and self._move_random.random() < self.options.crash_at_move:
-            self._kill_at(self._anybody(), where, self._move_random.random() < 0.5)
+        elif death is not None:
+            self._die(death, where)
         elif self.troubled and self._random.random() < self.options.crash_at_record:
             victim = publisher if self._random.random() < 0.5 else None
             self._kill_at(victim or self._anybody(), where, self._random.random() < 0.5)
@@ -311,6 +337,37 @@ class World:
             when = f"just after {where} was stored"
             asyncio.get_running_loop().call_later(0.002, lambda: self._kill(victim, when))
 
+    def _die(self, death: Death, where: str) -> None:
+        """A death during moves; counted with what the moves have come to by then."""
+
+        def die() -> None:
+            standing = self.phases.standing()
+            victims = [process for process in self.processes if process.name in death.processes and process.up]
+            if not self.troubled or not (victims or death.bus) or not self.phases.moving:
+                return
+            self.deaths.tally.count(death, standing)
+            for process in victims:
+                self._kill(process, f"{when} {where} ({death.kind})")
+            if death.bus:
+                self.note(f"the server dies {when} {where} ({death.kind})")
+                self.server.outage(self._random.uniform(0.1, 1.5))
+
+        when = "before the acknowledgement of" if death.before_answer else "just after"
+        if death.before_answer:
+            die()
+        else:
+            asyncio.get_running_loop().call_later(0.002, die)
+
+    def _leave(self, record: Record) -> None:
+        """A server that is drained and is to leave ends, as `longshore node` does; somebody starts it again later."""
+        told = decode_said_body(decode_said(record.payload).body)
+        if not isinstance(told, ServerDrained) or not told.leave:
+            return
+        back_after = self._random.uniform(0.3, 2.0)
+        self.note(f"{told.server} is drained, leaves, and comes back in {back_after:.2f} s")
+        for name in of_server(self.deaths.names, told.server):
+            asyncio.get_running_loop().call_later(0.002, self._named(name).die, back_after)
+
     def _anybody(self) -> Process:
         return self._random.choice(self.processes)
 
@@ -318,7 +375,6 @@ class World:
         if not self.troubled or not process.up:
             return
         back_after = self._random.choice((0.05, 0.3, 1.0, 2.5)) * self._random.uniform(0.5, 1.5)
-        self.phases.killed()
         self.note(f"{process.name} dies {when}; back in {back_after:.2f} s")
         process.die(back_after)
 
@@ -390,6 +446,8 @@ class World:
             return f"{len(reading)} answers are not read to their end: {', '.join(reading[:5])}"
         if self.operator is not None and not self.operator.done:
             return "the operator has not done everything yet"
+        if self.drainer is not None and not self.drainer.done:
+            return "drained servers are not back in service yet"
         if not self.upgrade.done:
             return "the upgrade is not over yet"
         last = self.server.ledger.last_sequence
