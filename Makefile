@@ -34,7 +34,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile || \
 	    $(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
-# Ten thousand worlds that move much; goes on where it was interrupted. `rm .soak.jsonl` begins anew.
+# Ten thousand worlds that move and drain much, with deaths at any message; goes on where it was interrupted. `rm .soak.jsonl` begins anew.
 soak: setup
 	$(BIN)/longshore chaos soak --seeds 10000 --state .soak.jsonl
 

@@ -39,6 +39,7 @@ def soak(
     Example: longshore chaos soak --seeds 10000 --state soak.jsonl
     """
     known = _known(state)
+    _mend(state)
     wanted = range(first, first + seeds)
     missing = [seed for seed in wanted if seed not in known]
     try:
@@ -81,16 +82,26 @@ def _known(state: Path | None) -> dict[int, dict[str, Any]]:
     if state is None or not state.exists():
         return {}
     found: dict[int, dict[str, Any]] = {}
-    lines = state.read_text().splitlines()
-    for number, line in enumerate(lines, 1):
+    lines = state.read_text(errors="replace").split("\n")
+    for number, line in enumerate(lines[:-1], 1):
         try:
             verdict = json.loads(line)
             verdict["moves"], verdict["violations"], verdict["deaths"]["phases"], verdict["deaths"]["victims"]
             found[int(verdict["seed"])] = verdict
         except (ValueError, KeyError, TypeError):
-            if number < len(lines):
-                raise UserError(f"--state {state}: line {number} is no verdict of a soak: name another file") from None
+            raise UserError(f"--state {state}: line {number} is no verdict of a soak: name another file") from None
     return found
+
+
+def _mend(state: Path | None) -> None:
+    """A last line that was cut off is taken away: what comes next begins a line of its own."""
+    if state is None or not state.exists():
+        return
+    content = state.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        with state.open("r+b") as file:
+            file.truncate(len(whole))
 
 
 def _report(verdicts: list[dict[str, Any]], as_json: bool) -> None:
