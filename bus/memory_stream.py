@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Protocol
 
 from bus.contract import Appended, BusError, LogFull, Record, Usage, WrongLastSequence
@@ -12,6 +13,7 @@ from bus.contract import Appended, BusError, LogFull, Record, Usage, WrongLastSe
 DEDUPE_SECONDS = 120.0
 
 
+@lru_cache(maxsize=1 << 15)
 def subject_matches(pattern: str, subject: str) -> bool:
     """Whether a subject falls under a pattern: `*` stands for one token, a trailing `>` for one or more."""
     if pattern == subject:

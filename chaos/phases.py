@@ -59,8 +59,8 @@ class Phases:
     def _take(self, kind: str, fields: dict[str, object]) -> None:
         request = str(fields.get("request", ""))
         known = self.moving.get(request)
-        if kind == "move.described":
-            if known is not None:
+        if kind == "move.described":  # also of one that has just moved, and has still to go on: that is another move
+            if known is not None and known.described:
                 known.described += 1
             else:
                 self.moving[request] = Moving(str(fields["worker"]))

@@ -68,6 +68,15 @@ def test_a_second_description_is_denied_and_ends_nothing() -> None:
     assert not phases.moving
 
 
+def test_one_that_has_moved_may_be_moved_again_before_it_goes_on() -> None:
+    phases = Phases(SUBJECTS)
+    for record, _ in COURSE:
+        phases.stored(record)
+    phases.stored(said("move.ended", moved=True))
+    phases.stored(described("gpu/s1/0"))
+    assert phases.moves == 2 and phases.moving["r"].phase == "placing" and phases.moving["r"].source == "gpu/s1/0"
+
+
 def test_a_request_that_ends_moves_no_more() -> None:
     phases = Phases(SUBJECTS)
     phases.stored(described())
