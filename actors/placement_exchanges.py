@@ -67,14 +67,15 @@ class PlacementExchanges(PlacementPump):
         times, last = self.state.exchange.tried.get(request, (0, 0))
         if times >= EXCHANGES_LIMIT or (times and now - last < LOOK_NS):
             return None
-        if self._stops_for(name):
-            return None
+        start_ns = options[0].total_ns if options else 0
+        if self._stops_for(name) or (start_ns and not _is_worth(model.attach_ns, start_ns)):
+            return None  # no exchange is sooner than the attach alone
         found = choose_exchange(self.state, model, now, self.rules)
         if found is None:
             return None
-        drain_ns, start_ns = drain_time(self.state, model, now, self.rules), options[0].total_ns if options else 0
+        drain_ns = drain_time(self.state, model, now, self.rules)
         known = [other for other in (drain_ns, start_ns) if other]
-        if known and not _is_worth(found, min(known)):
+        if known and not _is_worth(found.total_ns + found.error_ns, min(known)):
             return None
         self.state.exchange.tried[request] = (times + 1, now)
         return self._begin_exchange(name, model, request, found, drain_ns, start_ns, now)
@@ -204,8 +205,8 @@ class PlacementExchanges(PlacementPump):
             self.state.exchange.sequences.pop(request, None)
 
 
-def _is_worth(found: Exchange, other_ns: int) -> bool:
-    return found.total_ns + MARGIN_NS + found.error_ns + other_ns // 4 < other_ns
+def _is_worth(exchange_ns: int, other_ns: int) -> bool:
+    return exchange_ns + MARGIN_NS + other_ns // 4 < other_ns
 
 
 def _reason(drain_ns: int, start_ns: int) -> str:
