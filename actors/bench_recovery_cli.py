@@ -15,11 +15,11 @@ def bench_recovery(
     kills: Annotated[int, typer.Option(min=1, max=10_000, help="SIGKILLs of a worker, one after the other.")] = 200,
     readers: Annotated[int, typer.Option(min=1, max=16, help="Answers that are read at the same time.")] = 6,
     tokens: Annotated[int, typer.Option(min=16, max=1500, help="Tokens of each answer.")] = 400,
-    size: Annotated[str, typer.Option(metavar="PARAMETERS", help="Of the sample model, such as 8M.")] = "8M",
+    size: Annotated[str, typer.Option(metavar="PARAMETERS", help="Of the sample model, such as 8M.")] = "2M",
     json: JsonOption = False,
 ) -> None:
     """The longest gap that readers see after each kill, its phases, and what must be zero: positions lost, changed or
-    repeated, requests unfinished. Two servers of two workers; about three seconds a kill.
+    repeated, requests unfinished. Two servers of two workers; about two seconds a kill.
 
     Example: longshore bench recovery --kills 30 --json
     """

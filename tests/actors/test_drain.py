@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -228,3 +229,27 @@ async def test_every_server_of_a_busy_cell_is_restarted_and_no_request_fails(tmp
         ]
         assert len(lost) == 6 and all(isinstance(one, DriverLost) and one.leaving for one in lost)
         assert verify(CELL, records).difference is None
+
+
+async def test_an_interrupted_rolling_restart_leaves_the_cell_whole(tmp_path: Path) -> None:
+    async with live_cell(tmp_path, nodes=1, step_seconds=0.02) as cell:
+        started = asyncio.Event()
+        running = asyncio.ensure_future(ask(cell, "long", 150, started))
+        await started.wait()
+        process = await asyncio.create_subprocess_exec(
+            *[sys.executable, "-m", "bus.main", "rolling-restart", "--nats", cell.server.url, "--cell", CELL],
+            stderr=subprocess.PIPE,
+        )
+        ordered = cell.bus.subjects.fact("placement", "drain.requested")
+        reader = await cell.bus.ledger.read([ordered], start=1)
+        async with asyncio.timeout(20):
+            await reader.batch()
+        await reader.close()
+        process.send_signal(signal.SIGINT)
+        _, error = await process.communicate()
+        assert process.returncode == 130 and b"Traceback" not in error
+        last = await cell.bus.ledger.last(ordered)
+        assert last is not None and b'"undo":true' in last.payload
+        # The server takes requests again, and what ran there never stopped.
+        assert (await ask(cell, "next", 5, asyncio.Event()))[1] == "length"
+        assert (await running)[1] == "length"
