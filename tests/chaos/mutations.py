@@ -11,7 +11,7 @@ from unittest import mock
 
 import msgspec
 
-from actors import control, driver_core, replica, token_writer, worker_following, worker_prompts
+from actors import control, driver_core, replica, token_writer, worker_driver, worker_following, worker_prompts
 from actors.cell import Cell, Step
 from actors.rules import KNOWN_RULES
 from bus.contract import Appended, Bus, Record
@@ -153,3 +153,16 @@ def heirs_forget_what_they_read() -> contextlib.AbstractContextManager[Any]:
             self.tokens[-1] = self.tokens[-2]
 
     return mock.patch.object(worker_following.FollowedSequence, "take", forgetful)
+
+
+def sources_are_released_at_once() -> contextlib.AbstractContextManager[Any]:
+    """A source says that it has let go as it is told to, not once its last page is stored."""
+    hand_over = worker_driver._Work._hand_over
+
+    def hasty(self: worker_driver._Work, number: int, message: Any) -> None:
+        hand_over(self, number, message)
+        sequence = self._held.get(f"{message.request}/{message.attempt}")
+        if sequence is not None and sequence.running:
+            self._epoch.state(sequence.released(), answers=sequence.number)
+
+    return mock.patch.object(worker_driver._Work, "_hand_over", hasty)

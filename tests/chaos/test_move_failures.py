@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
-from staged import LENGTH, STAGES, Staged, plan, staged
+from staged import LENGTH, STAGES, Staged, options, plan, staged
 
 from actors.worker_runtime import AttachRefused
 from bus.contract import Record
@@ -145,3 +146,14 @@ def test_a_destination_that_lacks_memory_after_all(monkeypatch: pytest.MonkeyPat
     assert world.applications[0].read == [LENGTH]
     assert [ended.get("moved", False) for ended in world.ended_moves] == [False]
     assert 1 < len(attached) < 12
+
+
+def test_a_source_goes_on_while_a_long_prompt_is_computed_elsewhere() -> None:
+    """Meanwhile it gives so many tokens that one round is not enough."""
+    card = msgspec.structs.replace(options().models[0], context=4096)
+    long = replace(plan(0, "model-0"), prompt="a long prompt " * 150)
+    verdict, world = staged(plans=[long], models=(card,))
+    assert verdict.passed, verdict.violations
+    assert [(ended["moved"], ended["rounds"] >= 2) for ended in world.ended_moves] == [(True, True)]
+    assert world.stages["sequence.caught-up"][1] - world.stages["sequence.follow"][1] > 16
+    assert world.applications[0].read == [LENGTH]

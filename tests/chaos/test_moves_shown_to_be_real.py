@@ -35,6 +35,7 @@ LOSSY = {"odds": Odds(append_lost=0.08)}
         (mutations.facts_are_not_held_back, Promise.NO_HOLES, nothing, LOSSY),
         (mutations.writers_are_not_fenced, Promise.SEALED, source_is_cut_off, {}),
         (mutations.pages_are_not_awaited, Promise.DURABLE_FIRST, source_dies, {}),
+        (mutations.sources_are_released_at_once, Promise.NEVER_CHANGES, nothing, {}),
         (mutations.heirs_do_not_wait, Promise.NO_FAILURE, nothing, {}),
         (mutations.heirs_forget_what_they_read, Promise.UNDISTURBED, nothing, {}),
     ],
