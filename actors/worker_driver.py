@@ -239,7 +239,8 @@ class _Work:
             sequence.readers.append(_reader(message.reply))
             del sequence.readers[:-READERS_LIMIT]
             self._show_soon(sequence)
-        added = ReaderAdded(message.request, message.attempt, sequence is not None, message.reply)
+        found = sequence is not None or self._followers.add_reader(message, READERS_LIMIT)
+        added = ReaderAdded(message.request, message.attempt, found, message.reply)
         self._epoch.state(added, answers=number)
 
     # ---- before the engine ------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from actors.driver import Epoch
 from actors.worker_preparing import Preparing
 from actors.worker_prompts import NotKept
@@ -26,6 +28,7 @@ from actors.worker_sequences import HeldSequence, ReplyReader, Stop, tokens_dige
 from bus.contract import BusError, Log
 from bus.logprobs import TokenLogprobs
 from bus.messages import (
+    AddReader,
     CaughtUp,
     DropSequence,
     FollowSequence,
@@ -161,6 +164,16 @@ class Followers:
         if followed is None or followed.resume is None:
             return False
         followed.stopping = reason
+        return True
+
+    def add_reader(self, message: AddReader, limit: int) -> bool:
+        """Whether it is to go on here and has not yet: then the reader is shown it as soon as it does."""
+        followed = self._followed.get(f"{message.request}/{message.attempt}")
+        if followed is None or followed.resume is None:
+            return False
+        number, resume = followed.resume
+        others = [known for known in resume.replies if known.subject != message.reply.subject]
+        followed.resume = number, msgspec.structs.replace(resume, replies=(*others, message.reply)[-limit:])
         return True
 
     def drop(self, number: int, message: DropSequence) -> None:
