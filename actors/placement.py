@@ -112,7 +112,8 @@ class Placement(PlacementDrain):
         if server is None:
             server = self.state.servers[message.server] = Server(message.dram_bytes, loading={})
         server.up, server.dram_bytes, server.loading, server.fetching = True, message.dram_bytes, {}, {}
-        server.address = message.address
+        server.address, server.ssd_bytes = message.address, message.ssd_bytes
+        server.own, server.own_bytes = {}, 0
         found = {held.card.model: held for held in message.models}
         said = self._in_service(message.server, "it has started anew")
         for name, model in list(self.state.models.items()):
@@ -122,6 +123,8 @@ class Placement(PlacementDrain):
             known = self._know(held.card)
             known.servers[message.server] = held.tier
             self._adopt_source(known, held.source)
+            if held.tier != "remote" and not held.source:
+                server.note_own(held.card.model, held.card.weight_bytes)
             known.replaced.pop(message.server, None)
         # What no server knew how to fetch so far; the others are told what to fetch when it starts there.
         said += [
@@ -143,6 +146,8 @@ class Placement(PlacementDrain):
             server.learn(message.loaded_from, message.card.weight_bytes, message.duration_ns)
         model = self._know(message.card)
         self._adopt_source(model, message.source)
+        own = message.tier != "remote" and not message.source
+        server.note_own(message.card.model, message.card.weight_bytes if own else 0)
         model.servers[message.server] = message.tier
         model.replaced.pop(message.server, None)
         self._note_loading(message.server, server, model)
@@ -150,6 +155,7 @@ class Placement(PlacementDrain):
 
     def on_ModelGone(self, message: ModelGone, now: int) -> list[To]:
         self._note_loaded(message.server, message.model)
+        self.state.servers[message.server].note_own(message.model, 0)
         model = self.state.models.get(message.model)
         if model is not None:
             model.servers.pop(message.server, None)

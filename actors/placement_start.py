@@ -117,7 +117,7 @@ def _weigh(
     if victims is None:
         return None
     promised = [other for place, other in reserved.items() if state.workers[place].server == worker.server]
-    if not _find_dram(server, card, worker, victims, promised, rules):
+    if not _find_room(server, card, worker, victims, promised, rules, far=tier == "remote"):
         return None
     queue_ns, load_ns = loading_times(server, card, tier)
     busy = _busy(state, worker) if rules >= 2 else 0
@@ -194,27 +194,56 @@ def _can_go(instance: RunningInstance, *, idle_only: bool) -> bool:
     return instance.status == "running"
 
 
-def _find_dram(
-    server: Server, card: ModelCard, worker: Worker, victims: list[str], promised: list[ModelCard], rules: int
+def _find_room(
+    server: Server,
+    card: ModelCard,
+    worker: Worker,
+    victims: list[str],
+    promised: list[ModelCard],
+    rules: int,
+    *,
+    far: bool,
 ) -> bool:
-    """Whether the server's DRAM can take the model beside what is leased, loading or promised to older requests.
+    """Whether the server's DRAM, and its SSD for what comes from `far`, can take the model beside what is leased,
+    loading or promised to older requests.
 
     Adds further idle instances of this worker to `victims` where that is what it takes.
     """
     short = dram_short(server, card, promised, rules)
-    if short <= 0:
+    disk = ssd_short(server, card) if far else 0
+    if short <= 0 and disk <= 0:
         return True
     for victim in victims:
         short -= dram_freed(server, victim)
-    if short <= 0:
-        return True
+        disk -= ssd_freed(server, victim)
     for name, instance in least_used(worker):
-        if name not in victims and _can_go(instance, idle_only=True) and (freed := dram_freed(server, name)):
+        if short <= 0 and disk <= 0:
+            break
+        if name in victims or not _can_go(instance, idle_only=True):
+            continue
+        memory, files = dram_freed(server, name), ssd_freed(server, name)
+        if (short > 0 and memory) or (disk > 0 and files):
             victims.append(name)
-            short -= freed
-            if short <= 0:
-                return True
-    return False
+            short -= memory
+            disk -= files
+    return short <= 0 and disk <= 0
+
+
+def ssd_short(server: Server, card: ModelCard) -> int:
+    """Bytes by which the SSD budget is exceeded if the model comes to what cannot go from there: what lies nowhere
+    else, what is in use, and what is on its way; 0 or less for none."""
+    if not server.ssd_bytes:
+        return 0
+    sizes = {name: lease.weight_bytes for name, lease in server.leased.items()}
+    sizes.update(server.loading)
+    sizes[card.model] = card.weight_bytes
+    used = sum(size for name, size in sizes.items() if name not in server.own)
+    return server.own_bytes + used - server.ssd_bytes
+
+
+def ssd_freed(server: Server, name: str) -> int:
+    """Bytes of the SSD that may go when one worker lets the model go: none where it lies nowhere else."""
+    return dram_freed(server, name) if name not in server.own else 0
 
 
 def dram_short(server: Server, card: ModelCard, promised: list[ModelCard], rules: int) -> int:
@@ -267,6 +296,9 @@ def choose_drain(state: PlacementState, model: KnownModel, *, rules: int) -> tup
             continue
         victims = [(name, victim) for victim in on_device]
         short = dram_short(server, card, [], rules) - sum(dram_freed(server, victim) for victim in on_device)
+        if far:
+            files = ssd_short(server, card) - sum(ssd_freed(server, victim) for victim in on_device)
+            short = max(short, files)
         if short > 0 and not _drain_dram(state, worker.server, short, kept, victims):
             continue
         if not victims:

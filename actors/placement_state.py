@@ -54,9 +54,10 @@ class Lease(msgspec.Struct):
 class Server(msgspec.Struct):
     """`loading`: bytes still to come to DRAM, per model; `fetching`: those of them that come from remote,
     and the server that is asked first, empty for the model's source; `leased`:
-    models of instances, whatever their status; `address`: where others can fetch from its SSD; rates: bytes per second
-    from SSD and from remote, learned from finished loads; errors: mean difference of a load from its estimate, in
-    nanoseconds."""
+    models of instances, whatever their status; `address`: where others can fetch from its SSD; `ssd_bytes`:
+    the budget of that, 0 for none, and `own`: what lies there and nowhere else, `own_bytes` in all; rates: bytes per
+    second from SSD and from remote, learned from finished loads; errors: mean difference of a load from its estimate,
+    in nanoseconds."""
 
     dram_bytes: int
     up: bool = True
@@ -66,12 +67,21 @@ class Server(msgspec.Struct):
     fetching: dict[str, str] = {}
     address: str = ""
     remote_rate: int = 500_000_000
+    ssd_bytes: int = 0
+    own: dict[str, int] = {}
+    own_bytes: int = 0
     ssd_error_ns: int = 0
     remote_error_ns: int = 0
 
     def streams(self, card: ModelCard) -> bool:
         """Whether the model is larger than the budget of DRAM, so that its worker reads it from the SSD itself."""
         return card.weight_bytes > self.dram_bytes
+
+    def note_own(self, name: str, size: int) -> None:
+        """That the model lies on the SSD and can be had nowhere else, with this many bytes; 0: that it is not so."""
+        self.own_bytes += size - self.own.pop(name, 0)
+        if size:
+            self.own[name] = size
 
     def error_ns(self, tier: Tier) -> int:
         """By how much loads from this tier differed from what was estimated."""

@@ -6,6 +6,7 @@ by a cell that goes on from a snapshot at a random cut.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from typing import Any, cast
@@ -217,8 +218,7 @@ class Aftermath:
                 restored.take(record)
             elif index == cut:
                 restored = Cell.restored(CELL, cell.snapshot())
-            if index % 20 == 0:
-                self._budgets(cell, record.sequence)
+            self._budgets(cell, record.sequence)
             if record.sequence in samples:
                 self._compare(cell, samples[record.sequence])
         if restored is not None and restored.digest() != cell.digest():
@@ -278,6 +278,8 @@ def budget_troubles(cell: Cell) -> Iterator[str]:
             used = sum(m.card.weight_bytes for m in state.models.values() if m.tier == "dram" or m.loading)
             if used > state.dram_bytes:
                 yield f"{name} has reserved {used} of {state.dram_bytes} bytes of DRAM"
+            if 0 < state.ssd_bytes < state.ssd_used():
+                yield f"{name} has reserved {state.ssd_used()} of {state.ssd_bytes} bytes of its SSD"
         elif isinstance(state, GpuState):
             for model, instance in state.instances.items():
                 running = sum(held.model == model for held in state.sequences.values())
@@ -347,4 +349,4 @@ def _stored_left(name: str, state: StoreState, cell: Cell) -> Iterator[str]:
 
 
 def _odds(troubles: Any) -> tuple[float, ...]:
-    return (troubles.load_failed, troubles.attach_failed, troubles.sequence_refused, troubles.engine_broken)
+    return dataclasses.astuple(troubles)

@@ -142,8 +142,13 @@ class SimulatedStorage(StubStorage):
             )
         else:
             cards = tuple(card for card in options.models if number == 0 or random.random() < 0.7)
+        cards = tuple(card for card in cards if card.model not in options.sources or random.random() < 0.25)
         self._ever = {card.model: True for card in cards}
-        super().__init__(cards, bytes_per_second=random.randint(100, 2000) * 1024)
+        super().__init__(cards, bytes_per_second=random.randint(100, 2000) * 1024, remote_times=options.remote_times)
+        self.remote = {source_of(card.model): card for card in options.models if card.model in options.sources}
+        self.origins = {card.model: source_of(card.model) for card in cards if card.model in options.sources}
+        self.peers: dict[str, SimulatedStorage] = {}
+        self._fetching: dict[str, int] = {}
         self._random = random
         self._options = options
         self._active = active
@@ -158,11 +163,39 @@ class SimulatedStorage(StubStorage):
         if self._active() and self._random.random() < self._options.troubles.load_failed:
             await asyncio.sleep(0.1 * self._random.random())
             raise StorageFailed(f"{model} could not be read")
-        loaded = await super().load(model, digest, sources, urgent)
+        if model not in self.cards and sources:
+            self._fetching[model] = next(card.weight_bytes for card in self._options.models if card.model == model)
+            self._see_disk()
+        try:
+            loaded = await super().load(model, digest, sources, urgent)
+        finally:
+            self._fetching.pop(model, None)
         used = {name: self.cards[name].weight_bytes for name in self.resident}
         if sum(used.values()) > self._options.dram_bytes:
             self._over(f"a DRAM budget of {self._options.dram_bytes} bytes holds {used}")
         return loaded
+
+    def _see_disk(self) -> None:
+        used = {name: card.weight_bytes for name, card in self.cards.items()} | self._fetching
+        if self._options.ssd_bytes and sum(used.values()) > self._options.ssd_bytes:
+            self._over(f"a disk of {self._options.ssd_bytes} bytes holds {used}")
+
+    def _at_source(self, model: str, digest: str, sources: tuple[str, ...]) -> ModelCard:
+        """From another server, or a source; any of them may fail, then the next is asked."""
+        answering = []
+        for source in sources:
+            if self._active() and self._random.random() < self._options.troubles.source_failed:
+                continue
+            peer = self.peers.get(source.rpartition("/")[0])
+            if peer is None:
+                answering.append(source)
+            elif model in peer.cards and peer.cards[model].digest == digest:
+                return peer.cards[model]
+        return super()._at_source(model, digest, tuple(answering))
+
+
+def source_of(model: str) -> str:
+    return f"/elsewhere/{model}"
 
 
 class Undisturbed(NamedTuple):

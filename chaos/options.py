@@ -29,6 +29,7 @@ class Troubles:
     attach_failed: float = 0.0
     sequence_refused: float = 0.0
     engine_broken: float = 0.0
+    source_failed: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,9 @@ class Options:
     `longest_prompt`: prompts have up to so many tokens, and all begin early; 0: short ones at any time.
     `prefill_chunk`: tokens of prompts that an engine computes per step, each of which takes `step_ms` milliseconds on
     average. `eos_tokens`: so many of the stub's 1,000 tokens end an answer. `scattered`: no server holds all models.
-    `rules`: the version that is switched to as the world begins.
+    `rules`: the version that is switched to as the world begins. `sources`: models that can be fetched,
+    which lie on few disks at first or on none; `ssd_bytes`: the budget of every disk, 0 for none; `serving`: servers
+    fetch from each other; `remote_times`: as long a load from elsewhere takes as one from the disk.
     """
 
     seed: int
@@ -85,6 +88,10 @@ class Options:
     eos_tokens: int = 15
     step_ms: int = 20
     drains: int = 0
+    sources: tuple[str, ...] = ()
+    ssd_bytes: int = 0
+    serving: bool = False
+    remote_times: int = 1
 
     def as_dict(self) -> dict[str, Any]:
         """For people and for JSON: the fault kinds that are on, with their odds."""
@@ -143,7 +150,29 @@ def draw(seed: int) -> Options:
         snapshot_trouble=random.choice((0.0, 0.0, 0.1, 0.4)),
         generations=random.random() < 0.4,
     )
-    return _roomy(options) if options.moves >= 40 else options
+    options = _roomy(options) if options.moves >= 40 else options
+    return options if options.upgrade else _tiered(options)
+
+
+def _tiered(options: Options) -> Options:
+    """Of some worlds the same one with models that lie elsewhere at first, on disks that are too small for all."""
+    random = Random(f"tiers {options.seed}")
+    if random.random() < 0.6:
+        return options
+    sourced = [card for card in options.models if random.random() < 0.6] or [random.choice(options.models)]
+    kept = sum(card.weight_bytes for card in options.models if card not in sourced)
+    largest = max(card.weight_bytes for card in options.models)
+    budget = kept + int(largest * random.uniform(1.0, 2.0))
+    return replace(
+        options,
+        rules=KNOWN_RULES[-1],
+        sources=tuple(card.model for card in sourced),
+        ssd_bytes=random.choice((0, budget, budget)),
+        serving=random.random() < 0.6,
+        remote_times=random.choice((1, 4, 10)),
+        removals=0,
+        troubles=replace(options.troubles, source_failed=random.choice((0.0, 0.1, 0.3))),
+    )
 
 
 def _roomy(options: Options) -> Options:

@@ -26,6 +26,7 @@ from bus.contract import BusError, Record
 from bus.memory import MemoryServer
 from bus.messages import (
     FactEnvelope,
+    ModelAdded,
     RequestsConfigured,
     ServerDrained,
     decode_said,
@@ -38,7 +39,7 @@ from chaos.clients import Application, draw_plans
 from chaos.deaths import Death, Deaths, of_server
 from chaos.drains import Drainer
 from chaos.faults import SeededFaults
-from chaos.machines import SimulatedRuntime, SimulatedStorage, seeded
+from chaos.machines import SimulatedRuntime, SimulatedStorage, seeded, source_of
 from chaos.moves import Mover
 from chaos.observer import Observer
 from chaos.operators import Operator
@@ -101,6 +102,8 @@ class World:
         self._storages = {
             f"s{n}": SimulatedStorage(options, n, self._active, self._over) for n in range(options.servers)
         }
+        for storage in self._storages.values() if options.serving else ():
+            storage.peers = {f"http://{server}": peer for server, peer in self._storages.items()}
 
     def now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -220,7 +223,13 @@ class World:
 
     def _store(self, server: str, storage: SimulatedStorage) -> Callable[[WatchedBus, str], Any]:
         async def main(bus: WatchedBus, life: str) -> None:
-            driver = StoreDriver(server, dram_bytes=self.options.dram_bytes, storage=storage)
+            driver = StoreDriver(
+                server,
+                dram_bytes=self.options.dram_bytes,
+                storage=storage,
+                ssd_bytes=self.options.ssd_bytes,
+                address=f"http://{server}" if self.options.serving else "",
+            )
             await DriverShell(bus, self.subjects, driver, boot=self._boot(f"store/{server}", life)).run()
 
         return main
@@ -263,13 +272,15 @@ class World:
         self.starts.setdefault(start.key.partition("/")[0], (model, start))
 
     async def _configure(self) -> None:
-        """Tell the cell by whose deaths a request is quarantined, as an operator would."""
+        """Tell the cell by whose deaths a request is quarantined and what can be fetched, as an operator would."""
         bus = self.server.bus("operator")
-        message = RequestsConfigured(deaths_limit=self.options.deaths_limit, dead_letters=True)
-        await bus.ledger.append(
-            self.subjects.fact("requests", kind_of(message)),
-            encode(FactEnvelope("operator", msgspec.Raw(encode(message)))),
-        )
+        configured = RequestsConfigured(deaths_limit=self.options.deaths_limit, dead_letters=True)
+        added = [("placement", ModelAdded(model, source_of(model))) for model in self.options.sources]
+        for actor, message in (("requests", configured), *added):
+            await bus.ledger.append(
+                self.subjects.fact(actor, kind_of(message)),
+                encode(FactEnvelope("operator", msgspec.Raw(encode(message)))),
+            )
         await bus.close()
 
     def _open_applications(self) -> list[asyncio.Future[None]]:
