@@ -93,9 +93,10 @@ class PlacementExchanges(PlacementPump):
             instance.status = "draining"
             self._index(found.worker, self.state.models[victim], instance)
             said.append(To("record", InstanceDraining(found.worker, victim, name)))
-        for _, spared in before.victims if before is not None else ():
-            if spared not in victims:
-                said += self._undrain_one(found.worker, spared, now)
+        for place, spared in before.victims if before is not None else ():
+            # For DRAM, instances on other workers of the server were drained, too.
+            if place != found.worker or spared not in victims:
+                said += self._undrain_one(place, spared, now)
         moves: list[PlannedMove] = []
         wanted: list[To] = []
         moving: dict[str, bool] = {}
