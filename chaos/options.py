@@ -104,6 +104,12 @@ class Options:
 
 def draw(seed: int) -> Options:
     """The world of a seed."""
+    options = _on_disks(seed)
+    return options if options.upgrade else _tiered(options)
+
+
+def _on_disks(seed: int) -> Options:
+    """The same before any of its models lies elsewhere."""
     random = Random(f"options {seed}")
     cards = []
     for number in range(random.randint(2, 5)):
@@ -150,8 +156,7 @@ def draw(seed: int) -> Options:
         snapshot_trouble=random.choice((0.0, 0.0, 0.1, 0.4)),
         generations=random.random() < 0.4,
     )
-    options = _roomy(options) if options.moves >= 40 else options
-    return options if options.upgrade else _tiered(options)
+    return _roomy(options) if options.moves >= 40 else options
 
 
 def _tiered(options: Options) -> Options:
@@ -195,7 +200,7 @@ def moving(seed: int) -> Options:
     half of the worlds and rarer in the rest: moves that never get anywhere show nothing.
     """
     random = Random(f"moving {seed}")
-    options = _roomy(draw(seed))
+    options = _roomy(_on_disks(seed))
     cards = tuple(msgspec.structs.replace(card, context=LONGEST_PROMPT + 240) for card in options.models)
     weights = sum(card.weight_bytes for card in cards)
     slot = max(card.context * card.kv_bytes_per_token for card in cards)
@@ -229,7 +234,7 @@ def moving(seed: int) -> Options:
 
 def crowded(seed: int) -> Options:
     """A world of long answers in which more models are wanted than devices hold: what runs moves away for others."""
-    options = _roomy(draw(seed))
+    options = _roomy(_on_disks(seed))
     random = Random(f"crowded {seed}")
     cards = tuple(msgspec.structs.replace(card, context=512, kv_bytes_per_token=32) for card in options.models)
     most = max(card.weight_bytes + card.context * card.kv_bytes_per_token for card in cards)
