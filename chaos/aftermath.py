@@ -30,6 +30,7 @@ from bus.messages import (
 )
 from bus.ordering import FactOrder, TakenFact
 from bus.subjects import FactSubject, SaidSubject
+from chaos.aftermath_moves import MovesJudged
 from chaos.machines import REFUSED_PROMPT, seeded, undisturbed
 from chaos.promises import Promise
 from chaos.virtual_time import run
@@ -212,8 +213,13 @@ class Aftermath:
             samples.setdefault(sample.position, []).append(sample)
         cut = seeded("cut", self._world.options.seed).randrange(len(facts)) if facts else 0
         restored: Cell | None = None
+        moves = MovesJudged(self._records, self._world.subjects, self.violation)
+        taken = 0
         for index, record in enumerate(facts):
             cell.take(record)
+            for fact in order.taken[taken:]:
+                moves.fact(fact.sequence, cell)
+            taken = len(order.taken)
             if restored is not None:
                 restored.take(record)
             elif index == cut:
@@ -224,6 +230,7 @@ class Aftermath:
         if restored is not None and restored.digest() != cell.digest():
             where = f"cut behind fact {facts[cut].sequence}"
             self.violation(Promise.SNAPSHOTS_AGREE, f"{where}: the states at {cell.position} differ")
+        moves.over()
         self._taken_in_order(order.taken)
         self._nothing_left(cell)
 

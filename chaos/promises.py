@@ -27,7 +27,7 @@ class Promise(Enum):
     NOTHING_LEFT = "when all is quiet nothing is left behind"
     QUIET = "once the faults are over everything comes to its end"
     DRAINED = "a drained server holds nothing or says how much, and takes nothing new"
-    MOVES_END = "a move that began ends, or its request does"
+    MOVES_END = "a move that began ends, and says how"
     NO_NEEDLESS_FAILURE = "a request fails only where something failed under it"
 
 
