@@ -1,6 +1,6 @@
 """Fixed worlds of the soak: every promise is kept while everybody dies during moves, in every phase of them.
 
-`make soak` runs ten thousand; these are its first ones, so many that no phase of a move stays without deaths.
+`make soak` runs ten thousand; these are some of them, such that no phase of a move stays without deaths.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from chaos.options import moving
 from chaos.phases import PHASES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-SEEDS = range(100)
+SEEDS = (*range(70), 424, 484, 489, 549, 552, 597, 642, 653, 658, 683, 700, 717, 737, 757)
+"""The first ones; and some in which a death falls into a short phase, so that none is empty when decisions change."""
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def verdicts() -> list[dict[str, Any]]:
     return [soak_cli.one(seed) for seed in SEEDS]
 
 
-def test_the_first_worlds_of_the_soak_keep_every_promise(verdicts: list[dict[str, Any]]) -> None:
+def test_worlds_of_the_soak_keep_every_promise(verdicts: list[dict[str, Any]]) -> None:
     failed = [verdict for verdict in verdicts if verdict["violations"]]
     assert not failed, "\n".join(
         f"longshore chaos soak --seeds 1 --from {v['seed']}: {v['violations']}" for v in failed
