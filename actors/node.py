@@ -102,7 +102,6 @@ async def run_node(options: NodeOptions) -> None:
         loop.add_signal_handler(number, ending.set)
     served = ModelServer(options.models, options.serve_models) if options.serve_models else None
     tier = await asyncio.to_thread(_choose_tier, options)
-    logger.info("the DRAM of node %s: %s", options.server, tier.description)
     storage = LocalStorage(options.models, context_limit=options.context, tier=tier)
     driver = StoreDriver(
         options.server,
@@ -119,6 +118,7 @@ async def run_node(options: NodeOptions) -> None:
     except BaseException:
         await bus.close()
         raise
+    logger.info("the DRAM of node %s: %s", options.server, tier.description)
     settings = [worker_settings(options, index, tier.weights_root) for index in range(options.workers)]
     workers = [WorkerProcess(context, one, bus) for one in settings]
     tasks = Tasks()
