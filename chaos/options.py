@@ -103,9 +103,14 @@ class Options:
 
 
 def draw(seed: int) -> Options:
-    """The world of a seed."""
+    """The world of a seed. Under the rules before version 3 the number of an attempt may be given twice where a request
+    that moves is to be moved again: what moves does so under the newest.
+    """
     options = _on_disks(seed)
-    return options if options.upgrade else _tiered(options)
+    if options.upgrade:
+        return replace(options, moves=0)
+    tiered = _tiered(options)
+    return replace(tiered, rules=KNOWN_RULES[-1]) if tiered.moves else tiered
 
 
 def _on_disks(seed: int) -> Options:
