@@ -61,8 +61,9 @@ async def restart_server(
         raise Stopped(f"{server} is not up any more: start its node, `longshore status` shows when it is back")
     say("its answers move away")
     began = loop.time()
-    fact = await order(bus, bus.subjects, DrainRequested(server, limits.deadline_ms, leave=True))
     try:
+        # Within: an order that is interrupted may have been stored.
+        fact = await order(bus, bus.subjects, DrainRequested(server, limits.deadline_ms, leave=True))
         told = await until_told(bus, bus.subjects, server, fact, limits.deadline_ms)
     except BaseException as error:
         await asyncio.shield(_take_back(bus, server))

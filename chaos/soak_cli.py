@@ -16,7 +16,7 @@ from bus.errors import UserError
 from bus.options import Failure, JsonOption
 
 BATCH = 200
-SIGNIFICANT = 200
+SIGNIFICANT = 1000
 """Worlds of which no phase of a move stays without deaths, unless something is wrong with them."""
 SHOWN_KINDS = 20
 
@@ -33,7 +33,7 @@ def soak(
     """Run simulated worlds that move what runs, with deaths at any message; exit 1 when one breaks a promise.
 
     Deaths are drawn uniformly over the ledger's messages during moves. At the end: in which phases of moves they fell,
-    who died, at which kinds of message. From 200 worlds on, a phase without any death is a failure, too. A failing
+    who died, at which kinds of message. From 1,000 worlds on, a phase without any death is a failure, too. A failing
     seed is shown with what it broke.
 
     Example: longshore chaos soak --seeds 10000 --state soak.jsonl

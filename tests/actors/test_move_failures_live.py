@@ -23,6 +23,7 @@ from bus.messages import (
     FactEnvelope,
     MigrateRequested,
     MoveEnded,
+    RequestsConfigured,
     decode_fact,
     decode_said,
     decode_said_body,
@@ -184,6 +185,10 @@ async def staged(folder: Path) -> AsyncIterator[Stages]:
         for server in ("n0", "n1"):
             proxies[server] = Proxy(cell.server.port)
             await cell.add_node(server, step_seconds=0.015, nats=await proxies[server].start())
+        # Two who die under an answer are no reason to give it up here.
+        configured = encode(RequestsConfigured(deaths_limit=100, dead_letters=True))
+        payload = encode(FactEnvelope("operator", msgspec.Raw(configured)))
+        await cell.bus.ledger.append(SUBJECTS.fact("requests", kind_of(RequestsConfigured)), payload)
         await cell.until(lambda found: len(found["workers"]) == 2 and len(found["models"]) == 1)
         try:
             yield Stages(cell, proxies)
