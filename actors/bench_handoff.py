@@ -27,6 +27,7 @@ from bus.client import Client
 from bus.contract import Record
 from bus.errors import UserError
 from bus.jetstream import JetStreamBus
+from bus.log_reading import read_to_end
 from bus.messages import (
     FactEnvelope,
     MigrateRequested,
@@ -144,20 +145,8 @@ class _Bench:
             moves = [one async for one in watch_moves(bus, subjects, fact.sequence)]
             ended.set()
             await reading
-        records = await _records(bus, first)
+        records = await read_to_end(bus.ledger, first + 1)
         return _seen(context, times, asked, moves, records)
-
-
-async def _records(bus: JetStreamBus, after: int) -> list[Record]:
-    last = (await bus.ledger.usage()).last_sequence
-    reader = await bus.ledger.read(start=after + 1)
-    found: list[Record] = []
-    try:
-        while not found or found[-1].sequence < last:
-            found += await reader.batch()
-    finally:
-        await reader.close()
-    return found
 
 
 def _seen(

@@ -19,7 +19,7 @@ def bench_recovery(
     json: JsonOption = False,
 ) -> None:
     """The longest gap that readers see after each kill, its phases, and what must be zero: positions lost, changed or
-    repeated, requests unfinished. Two servers of two workers; about two seconds a kill.
+    repeated, requests unfinished. Two servers of two workers; about two seconds a kill, seven minutes in all.
 
     Example: longshore bench recovery --kills 30 --json
     """

@@ -17,6 +17,7 @@ import structlog
 
 from actors.cell import Cell
 from actors.intake_buffer import IntakeBuffer, no_leader
+from actors.intake_views import models_view, status_view, usage_percent
 from actors.placement_state import PlacementState
 from actors.request_state import RequestsState, as_ended
 from actors.results import REPLY_LIMIT_BYTES, ResultsReader, far
@@ -25,9 +26,8 @@ from bus.api import (
     Refusal,
     encode_reply,
     encoding_of,
-    parse_added_model,
     parse_infer,
-    parse_removed_model,
+    parse_model,
     parse_request_id,
     parse_resume,
     reply_headers,
@@ -155,7 +155,7 @@ class Intake:
         """Look how full the streams are. Call it about once a second."""
         ledger, tokens = await self._bus.ledger.usage(), await self._bus.tokens.usage()
         self._streams = {"ledger": ledger, "tokens": tokens}
-        self._percent, self._tokens_percent = _percent(ledger), _percent(tokens)
+        self._percent, self._tokens_percent = usage_percent(ledger), usage_percent(tokens)
         self._measured = asyncio.get_running_loop().time()
         self._parts_age_ns = (await self._bus.parts.usage()).max_age_ns
 
@@ -432,9 +432,11 @@ class Intake:
     async def _admin(self, delivery: Delivery) -> Answer:
         verb = self._subjects.last_token(delivery.subject)
         if verb == "models":
-            return self._models()
+            return models_view(self._placement())
         if verb == "status":
-            return self._status()
+            return status_view(
+                self._cell(), self._placement(), self._requests(), self._subjects.cell, self._streams, live=self._live()
+            )
         if verb == "snapshot":
             if not self._live():
                 raise Refusal("not_ready", "this control is still reading the ledger", retry_ms=1000)
@@ -443,71 +445,13 @@ class Intake:
         if verb not in ("model.add", "model.remove"):
             verbs = "models, status, snapshot, model.add or model.remove"
             raise Refusal("bad_request", f"unknown verb {verb[:80]!r}: use {verbs}")
-        parse = parse_added_model if verb == "model.add" else parse_removed_model
-        model, source = parse(delivery.payload, delivery.headers.get("Content-Type"))
+        content_type = delivery.headers.get("Content-Type")
+        model, source = parse_model(delivery.payload, content_type, source=verb == "model.add")
         if verb == "model.remove" and model not in self._placement().models:
             raise Refusal("unknown_model", f"no model {model!r} in this cell")
         message: Message = ModelAdded(model, source) if verb == "model.add" else ModelRemoved(model)
         await self._stated("placement", message, "")
         return accepted("")
-
-    def _models(self) -> list[Any]:
-        return [
-            {
-                "model": name,
-                "servers": dict(model.servers),
-                "instances": list(model.instances),
-                "removed": model.removed,
-                **msgspec.to_builtins(model.card),
-            }
-            for name, model in self._placement().models.items()
-        ]
-
-    def _status(self) -> dict[str, Any]:
-        cell, placement, requests = self._cell(), self._placement(), self._requests()
-        counts: dict[str, int] = {}
-        for request in requests.requests.values():
-            key = request.outcome or request.status
-            counts[key] = counts.get(key, 0) + 1
-        epochs = {name: epoch.epoch for name, epoch in cell.order.state.drivers.items()}
-        workers = {}
-        for name, worker in placement.workers.items():
-            started = getattr(cell.actors[name].state, "started", None) if name in cell.actors else None
-            workers[name] = {
-                "server": worker.server,
-                "epoch": epochs.get(name, 0),
-                "process": started.process if started is not None else 0,
-                "device": started.device if started is not None else "",
-                "memory_bytes": worker.memory_bytes,
-                "free_bytes": max(0, worker.free()),
-                "instances": {
-                    model: {"status": one.status, "slots": one.slots, "active": len(one.active), "tier": one.tier}
-                    for model, one in worker.instances.items()
-                },
-            }
-        servers = {
-            name: {
-                "up": server.up,
-                "epoch": epochs.get(f"store/{name}", 0),
-                "dram_bytes": server.dram_bytes,
-                "ssd_bytes_per_second": server.ssd_rate,
-                "models": {m: known.servers[name] for m, known in placement.models.items() if name in known.servers},
-            }
-            for name, server in placement.servers.items()
-        }
-        return {
-            "cell": self._subjects.cell,
-            "position": cell.position,
-            "rules": cell.rules,
-            "live": self._live(),
-            "requests": counts,
-            "waiting": placement.waiting,
-            "streams": {name: _shown(usage) for name, usage in self._streams.items()},
-            "servers": servers,
-            "workers": workers,
-            "models": [model["model"] for model in self._models() if not model["removed"]],
-            "moves": {name: times.described() for name, times in placement.exchange.resume.items()},
-        }
 
     # ---- what the replica knows -------------------------------------------------------------------------------
 
@@ -532,18 +476,3 @@ def _check_inputs(inputs: tuple[Input, ...], card: ModelCard) -> None:
         if wrong is not None:
             outside = f"token id {wrong} in tokens[{number}] is outside"
             raise Refusal("bad_request", f"{outside} of {card.model}'s vocabulary of {card.vocabulary}")
-
-
-def _shown(usage: Usage) -> dict[str, int]:
-    return {
-        "messages": usage.messages,
-        "bytes": usage.stored_bytes,
-        "limit_bytes": usage.limit_bytes,
-        "percent": _percent(usage),
-        "first": usage.first_sequence,
-        "last": usage.last_sequence,
-    }
-
-
-def _percent(usage: Usage) -> int:
-    return usage.stored_bytes * 100 // usage.limit_bytes if usage.limit_bytes else 0

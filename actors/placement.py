@@ -21,15 +21,9 @@ Rules
 
 from __future__ import annotations
 
+from actors.learning import learned
 from actors.placement_drain import PlacementDrain
-from actors.placement_state import (
-    FAILURES_LIMIT,
-    Server,
-    Waiting,
-    Worker,
-    WorkerSize,
-    learned,
-)
+from actors.placement_state import FAILURES_LIMIT, Server, Waiting, Worker, WorkerSize
 from bus.messages import (
     DropModel,
     InstanceFailed,

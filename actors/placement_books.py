@@ -6,16 +6,9 @@ The lower half of `actors.placement`: nothing here decides where something start
 from __future__ import annotations
 
 from actors.actor import Actor
+from actors.learning import LARGEST
 from actors.placement_sources import peers_of
-from actors.placement_state import (
-    LARGEST,
-    KnownModel,
-    PlacementState,
-    RunningInstance,
-    Server,
-    Waiting,
-    kv_plan,
-)
+from actors.placement_state import KnownModel, PlacementState, RunningInstance, Server, Waiting, kv_plan
 from bus.messages import (
     ModelCard,
     PlacementRefused,

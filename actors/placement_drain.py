@@ -10,8 +10,9 @@ server that starts anew is in service again.
 
 from __future__ import annotations
 
+from actors.learning import LARGEST, SECOND
 from actors.placement_moves import PlacementMoves
-from actors.placement_state import LARGEST, SECOND, Drain
+from actors.placement_state import Drain
 from bus.messages import (
     ContextsTold,
     ContextsWanted,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from actors.learning import SECOND
 from actors.placement_sources import peers_of
 from actors.placement_start import (
     DETACH_NS,
@@ -28,7 +29,7 @@ from actors.placement_start import (
     loading_times,
     nearest_tier,
 )
-from actors.placement_state import SECOND, KnownModel, PlacementState, RunningInstance, Worker, kv_plan
+from actors.placement_state import KnownModel, PlacementState, RunningInstance, Worker, kv_plan
 from actors.resume_times import ResumeTimes
 
 HOLD_NS = 10 * SECOND

@@ -18,19 +18,12 @@ HOLD_NS apart, looked for once a LOOK_NS at the most, and no sequence that was m
 
 from __future__ import annotations
 
+from actors.learning import SECOND, learned
 from actors.placement_exchange import HOLD_NS, MARGIN_NS, Exchange, choose_exchange, drain_time
 from actors.placement_pump import PlacementPump
 from actors.placement_spread import choose_spread
 from actors.placement_start import Option
-from actors.placement_state import (
-    SECOND,
-    ExchangeUnderWay,
-    KnownModel,
-    Placed,
-    Room,
-    RunningSequence,
-    learned,
-)
+from actors.placement_state import ExchangeUnderWay, KnownModel, Placed, Room, RunningSequence
 from actors.resume_times import ResumeTimes
 from bus.messages import (
     InstanceDraining,
@@ -143,7 +136,8 @@ class PlacementExchanges(PlacementPump):
         state.exchange.spread_at = now + HOLD_NS
         said: list[To] = []
         if found.option is not None:
-            said = self._begin(found.model, state.models[found.model], [found.option], now, found.requests[0])
+            first, model = found.requests[0], state.models[found.model]
+            said = self._begin(found.model, model, [found.option], now, first, urgent=False)
         why = f"it shares {found.worker} with {', '.join(found.shared)}, and {found.to} idles"[:200]
         for request in found.requests:
             known = state.exchange.sequences[request]

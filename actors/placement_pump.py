@@ -140,8 +140,10 @@ class PlacementPump(PlacementBooks):
                 return said if running else [*said, *self._make_room(name, model)]
             said += self._begin(name, model, options, now)
 
-    def _begin(self, name: str, model: KnownModel, options: list[Option], now: int, request: str = "") -> list[To]:
-        """Start on the first of `options`: for `request`, or for the first who waits."""
+    def _begin(
+        self, name: str, model: KnownModel, options: list[Option], now: int, request: str = "", *, urgent: bool = True
+    ) -> list[To]:
+        """Start on the first of `options`: for `request`, or for the first who waits. Not `urgent`: nobody waits."""
         chosen = options[0]
         candidate = chosen.candidate
         worker = self.state.workers[candidate.worker]
@@ -174,6 +176,7 @@ class PlacementPump(PlacementBooks):
             model.card.context,
             candidate.evict,
             sources,
+            urgent,
             card=model.card if candidate.tier == "remote" else None,
             keep=self._waited_for(worker.server, name) if candidate.tier != "dram" else (),
         )

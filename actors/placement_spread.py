@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from actors.learning import SECOND
 from actors.placement_exchange import PLACES_LIMIT, SEQUENCES_LIMIT, destinations_of, may_move, tokens_of
 from actors.placement_start import Option
-from actors.placement_state import SECOND, PlacementState, RunningInstance, Worker
+from actors.placement_state import PlacementState, RunningInstance, Worker
 from actors.resume_times import ResumeTimes
 
 SPREAD_AFTER_NS = 2 * SECOND

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from actors.learning import LARGEST, SECOND
 from actors.placement_sources import peers_of, sources_for
-from actors.placement_state import LARGEST, SECOND, KnownModel, PlacementState, RunningInstance, Server, Worker, kv_plan
+from actors.placement_state import KnownModel, PlacementState, RunningInstance, Server, Worker, kv_plan
 from bus.messages import Candidate, ModelCard, Tier
 
 DETACH_NS = 20_000_000

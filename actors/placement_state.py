@@ -9,16 +9,12 @@ from typing import Literal
 
 import msgspec
 
+from actors.learning import LARGEST, SECOND, learned
 from actors.resume_times import ResumeTimes
 from bus.messages import ModelCard, PlacementConfigured, Tier
 
-SECOND = 1_000_000_000
 FAILURES_LIMIT = 10
 """Starts of one model that may fail in a row before its waiting requests are told."""
-
-
-LARGEST = 2**62
-"""Nothing that is learned grows beyond what a message can carry."""
 
 
 class KnownModel(msgspec.Struct):
@@ -273,8 +269,3 @@ def kv_plan(card: ModelCard, memory_bytes: int, max_slots: int) -> tuple[int, in
         return 0, 0
     slots = max(1, min(max_slots, min(room, max(memory_bytes // 4, per_slot)) // per_slot))
     return slots, slots * per_slot
-
-
-def learned(old: int, seen: int) -> int:
-    """A quarter of what was just seen, three quarters of what was known."""
-    return max(1, min(LARGEST, (3 * old + seen) // 4))

@@ -15,6 +15,7 @@ from actors.replay import Verdict, collect_accepted, state_at, verify
 from actors.rules import UnknownRules
 from bus.contract import Bus, Record
 from bus.errors import UserError
+from bus.log_reading import read_to_end
 from bus.recording import Recording, RecordingError
 from bus.snapshots import oldest_start
 from bus.subjects import Subjects
@@ -56,16 +57,9 @@ async def replay_live(bus: Bus, cell: str, *, verify: bool, at: int) -> Answer:
                 "replay a recording of the part before it"
             )
         begin, first = partial(decode_stored, cell, found[1], found[0]), found[0].position + 1
-    records: list[Record] = []
-    reader = await bus.ledger.read(start=first)
-    try:
-        at_end = usage.last_sequence < first
-        while not at_end:
-            records += await reader.batch()
-            at_end = records[-1].sequence >= usage.last_sequence
-    finally:
-        await reader.close()
-    return _replay(cell, lambda: records, usage.last_sequence, verify_all=verify, at=at, begin=begin)
+    records = await read_to_end(bus.ledger, first)
+    last = records[-1].sequence if records else usage.last_sequence
+    return _replay(cell, lambda: records, last, verify_all=verify, at=at, begin=begin)
 
 
 def _replay(

@@ -20,8 +20,9 @@ Rules
 from __future__ import annotations
 
 from actors.actor import Actor, Unexpected
+from actors.learning import LARGEST, SECOND, learned
 from actors.store_room import Evictable, choose, evictable, explain, least_recent
-from actors.store_state import LARGEST, SECOND, StoredModel, StoreState
+from actors.store_state import StoredModel, StoreState
 from bus.messages import (
     CancelLoad,
     DeleteModel,
@@ -140,7 +141,7 @@ class Store(Actor):
                 reason = f"{where} does not hold {message.model}"
             return [To(message.worker, LeaseRefused(message.model, reason, retry=True))]
         if model.wanted_at:
-            model.interval_ns = _learned(model.interval_ns or now - model.wanted_at, now - model.wanted_at)
+            model.interval_ns = learned(model.interval_ns or now - model.wanted_at, now - model.wanted_at)
         model.used_at = model.wanted_at = now
         if model.tier == "dram":
             model.leases[message.worker] = True
@@ -187,9 +188,9 @@ class Store(Actor):
         if message.duration_ns:
             rate = min(LARGEST, message.loaded_bytes * SECOND // message.duration_ns)
             if message.tier == "remote":
-                self.state.remote_rate = _learned(self.state.remote_rate, rate)
+                self.state.remote_rate = learned(self.state.remote_rate, rate)
             else:
-                self.state.ssd_rate = _learned(self.state.ssd_rate, rate)
+                self.state.ssd_rate = learned(self.state.ssd_rate, rate)
         said = [self._held(model, message.duration_ns, message.tier)]
         for worker in model.waiting:
             model.leases[worker] = True
@@ -394,8 +395,3 @@ class Store(Actor):
                 To("placement", ModelGone(self.state.server, name)),
             ]
         return said
-
-
-def _learned(old: int, seen: int) -> int:
-    """A quarter of what was just seen, three quarters of what was known."""
-    return max(1, min(LARGEST, (3 * old + seen) // 4))

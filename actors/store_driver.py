@@ -126,11 +126,9 @@ class StoreDriver:
             await work.stop()
 
     async def obey(self, message: Message) -> Message:
-        """Do what one effect says; its answer."""
+        """Do what one effect says; its answer. `load.cancel` is none of these: it is about another one."""
         if isinstance(message, LoadModel):
             return await self._load(message)
-        if isinstance(message, CancelLoad):
-            return LoadCancelTaken(message.model, found=False)  # what it cancels was obeyed before
         if isinstance(message, EvictModel):
             await self._storage.evict(message.model, message.tier)
             return ModelEvicted(message.model)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import msgspec
 
-from actors.store_state import SECOND, StoreState
+from actors.learning import SECOND
+from actors.store_state import StoreState
 
 LOAD_NS = SECOND // 20
 """What a load costs however small it is."""

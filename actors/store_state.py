@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import msgspec
 
+from actors.learning import SECOND
 from bus.messages import ModelCard, Tier
-
-SECOND = 1_000_000_000
-LARGEST = 2**62
-"""Nothing that is learned grows beyond what a message can carry."""
 
 
 class StoredModel(msgspec.Struct):

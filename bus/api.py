@@ -403,18 +403,10 @@ def parse_request_id(token: str) -> str:
     raise Refusal("unknown_request", f"a request id has 32 hexadecimal digits, got {shown(token)}")
 
 
-def parse_removed_model(payload: bytes, content_type: str | None) -> tuple[str, str]:
-    """The model that the body of `admin.model.remove` names, and nothing."""
-    return _parse_model(payload, content_type, _MODEL)
-
-
-def parse_added_model(payload: bytes, content_type: str | None) -> tuple[str, str]:
-    """The model that the body of `admin.model.add` names, and where it can be fetched; empty if it lies on servers."""
-    return _parse_model(payload, content_type, _ADDED_MODEL)
-
-
-def _parse_model(payload: bytes, content_type: str | None, checks: dict[str, Check]) -> tuple[str, str]:
-    fields = _fields(payload, encoding_of(content_type), checks) if payload else {}
+def parse_model(payload: bytes, content_type: str | None, *, source: bool) -> tuple[str, str]:
+    """The model that the body of `admin.model.add` or `admin.model.remove` names, and where it can be fetched: only
+    where a `source` may be given, and empty where none is."""
+    fields = _fields(payload, encoding_of(content_type), _ADDED_MODEL if source else _MODEL) if payload else {}
     model = fields.get("model")
     if model is None:
         raise bad("model is missing: name the model")
@@ -445,10 +437,9 @@ __all__ = [
     "encode_chunk",
     "encode_reply",
     "encoding_of",
-    "parse_added_model",
     "parse_infer",
     "parse_key",
-    "parse_removed_model",
+    "parse_model",
     "parse_request_id",
     "parse_resume",
     "reply_headers",

@@ -9,7 +9,29 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from bus import messages as m
-from bus.messages.requests import Choice, Generation, ReplyTo, Span
+from bus.phrases import (
+    at_attempt,
+    at_priority,
+    disk,
+    durable_span,
+    duration,
+    from_position,
+    how_many,
+    names,
+    or_another,
+    plural,
+    positions,
+    reader,
+    readers,
+    short,
+    size,
+    tier_name,
+    what_is_asked,
+    what_moves,
+    where_from,
+    which_choice,
+    why,
+)
 
 M = TypeVar("M", bound=m.Message)
 Words = Callable[[Any, str, str], str]
@@ -22,121 +44,7 @@ def _say(kind: type[M], words: Callable[[M, str, str], str]) -> None:
     WORDS[kind] = words
 
 
-# ---- parts of sentences -------------------------------------------------------------------------------------
-
-
-def short(request: str) -> str:
-    """A request id as people can read it; `longshore tail --request` takes it as it stands here, without the dots."""
-    return request if len(request) <= 10 else request[:8] + "…"
-
-
-def duration(nanoseconds: int) -> str:
-    """
-    >>> duration(240_000_000), duration(1_500_000_000), duration(85_000), duration(90_000_000_000)
-    ('240 ms', '1.5 s', '85 us', '90 s')
-    """
-    if nanoseconds < 1_000_000:
-        return f"{nanoseconds / 1e3:.0f} us"
-    if nanoseconds < 1_000_000_000:
-        return f"{nanoseconds / 1e6:.0f} ms"
-    return f"{nanoseconds / 1e9:.1f} s" if nanoseconds < 10_000_000_000 else f"{nanoseconds / 1e9:.0f} s"
-
-
-def size(count: int) -> str:
-    """
-    >>> size(900), size(120_000_000), size(3_200_000_000)
-    ('900 B', '120 MB', '3.2 GB')
-    """
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):  # noqa: B007
-        if value < 999.5:
-            break
-        value /= 1000
-    return f"{value:.1f} {unit}" if unit != "B" and value < 10 else f"{value:.0f} {unit}"
-
-
-def _moved(request: str, model: str, place: str) -> str:
-    if request:
-        return f"request {short(request)}"
-    return f"what runs{f' of {model}' if model else ''}{f' on {place}' if place else ''}"
-
-
-def plural(count: int, one: str, many: str = "") -> str:
-    return f"{count} {one if count == 1 else many or one + 's'}"
-
-
-def names(items: Sequence[str], limit: int = 3) -> str:
-    """At most `limit` of them, and how many there are besides."""
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return (", ".join(items[:limit]) or "nothing") + more
-
-
-def why(reason: str) -> str:
-    return f": {reason}" if reason else ""
-
-
-def _input(generation: Generation) -> str:
-    if generation.prompt is not None:
-        return plural(len(generation.prompt.split()), "word")
-    if generation.messages is not None:
-        return plural(len(generation.messages), "message")
-    if generation.inputs is not None:
-        return plural(len(generation.inputs), "input") + " to embed"
-    if generation.parts is not None:
-        return f"a prompt in {plural(generation.parts.count, 'part')}"
-    return plural(len(generation.tokens or ()), "prompt token")
-
-
-def _answers(count: int) -> str:
-    return f"{count} answers of " if count > 1 else ""
-
-
-def _priority(priority: int) -> str:
-    return f", priority {priority}" if priority else ""
-
-
-def _choice(choice: Choice | None) -> str:
-    return f", answer {choice.index + 1} of {choice.of} of {short(choice.family)}," if choice is not None else ""
-
-
-def _attempt(attempt: int) -> str:
-    return f" (attempt {attempt})" if attempt > 1 else ""
-
-
-def _from(position: int) -> str:
-    return f" from position {position} on" if position else ""
-
-
-def _reader(reply: ReplyTo | None) -> str:
-    return "nobody" if reply is None else f"{reply.subject}{_from(reply.start)}"
-
-
-def _readers(replies: Sequence[ReplyTo]) -> str:
-    return _reader(replies[0]) if len(replies) == 1 else plural(len(replies), "reader")
-
-
-def _positions(first: int, next_: int) -> str:
-    return "no position" if next_ <= first else f"positions {first} to {next_ - 1}"
-
-
-def _span(span: Span | None) -> str:
-    return "" if span is None else f", {_positions(span.first, span.next)} are durable"
-
-
-def _retry(retry: bool) -> str:
-    return "; another may do better" if retry else ""
-
-
-def _tier(tier: str) -> str:
-    return {"ssd": "SSD", "dram": "DRAM", "remote": "elsewhere"}.get(tier, tier)
-
-
-def _where_from(source: str = "", words: str = " from ") -> str:
-    return f"{words}{source}" if source else ""
-
-
-def _disk(ssd_bytes: int) -> str:
-    return f", {size(ssd_bytes)} of SSD" if ssd_bytes else ""
+# ---- longer sentences ---------------------------------------------------------------------------------------
 
 
 def _evicts(models: Sequence[str]) -> str:
@@ -158,7 +66,7 @@ def _decided(m_: m.PlacementDecided) -> str:
     best = next((c for c in m_.candidates if c.worker == m_.worker), None)
     text = f"placement starts {m_.model} on {m_.worker}"
     if best is not None:
-        text += f" from {_tier(best.tier)} in about"
+        text += f" from {tier_name(best.tier)} in about"
         text += f" {duration(best.queue_ns + best.load_ns + best.free_ns + best.attach_ns)}"
         text += f" (loads were off by {duration(best.error_ns)})" if best.error_ns else ""
     text += f" for request {short(m_.request)} (weighed {plural(m_.weighed, 'worker')}"
@@ -185,12 +93,12 @@ _say(
     m.RequestAccepted,
     lambda e, s, r: (
         f"request {short(e.request)} for {e.model} accepted from {e.client} "
-        f"({_input(e.generation)}, {_answers(e.generation.n)}at most {plural(e.generation.max_tokens, 'token')}"
-        f"{_priority(e.priority)})"
+        f"({what_is_asked(e.generation)}, {how_many(e.generation.n)}at most {plural(e.generation.max_tokens, 'token')}"
+        f"{at_priority(e.priority)})"
     ),
 )
 _say(m.CancelRequested, lambda e, s, r: f"request {short(e.request)} is to be cancelled")
-_say(m.ReaderAttached, lambda e, s, r: f"{_reader(e.reply)} wants to read request {short(e.request)}")
+_say(m.ReaderAttached, lambda e, s, r: f"{reader(e.reply)} wants to read request {short(e.request)}")
 _say(
     m.RequestsConfigured,
     lambda e, s, r: (
@@ -201,15 +109,15 @@ _say(
 _say(
     m.PlaceRequest,
     lambda e, s, r: (
-        f"request {short(e.request)}{_choice(e.choice)} wants a slot of {e.model}"
-        f"{_attempt(e.attempt)}{_priority(e.priority)}"
+        f"request {short(e.request)}{which_choice(e.choice)} wants a slot of {e.model}"
+        f"{at_attempt(e.attempt)}{at_priority(e.priority)}"
     ),
 )
 _say(
     m.RequestPlaced,
     lambda e, s, r: (
         f"request {short(e.request)} gets a slot on {e.worker}, "
-        + ("where its model runs" if e.tier == "running" else f"started from {_tier(e.tier)}")
+        + ("where its model runs" if e.tier == "running" else f"started from {tier_name(e.tier)}")
         + (f", after {duration(e.waited_ns)}" if e.waited_ns else "")
     ),
 )
@@ -224,29 +132,27 @@ _say(m.SlotReleased, lambda e, s, r: f"request {short(e.request)} needs no slot 
 _say(
     m.RunSequence,
     lambda e, s, r: (
-        f"{r} is to run request {short(e.request)} on {e.model}{_from(e.position)}{_attempt(e.attempt)} "
-        f"for {_readers(e.replies)}"
+        f"{r} is to run request {short(e.request)} on {e.model}{from_position(e.position)}{at_attempt(e.attempt)} "
+        f"for {readers(e.replies)}"
     ),
 )
 _say(m.StopSequence, lambda e, s, r: f"{r} is to end request {short(e.request)}: {e.reason}")
-_say(m.ShowFrom, lambda e, s, r: f"{r} is to show request {short(e.request)} to {_reader(e.reply)} as well")
+_say(m.ShowFrom, lambda e, s, r: f"{r} is to show request {short(e.request)} to {reader(e.reply)} as well")
 _say(
     m.SequenceEnded,
     lambda e, s, r: (
         f"request {short(e.request)} "
         + (f"ended on {s} ({e.reason})" if e.reason else f"was cut off when {s} was sealed")
-        + _span(e.span)
+        + durable_span(e.span)
     ),
 )
 _say(
     m.SequenceRejected,
     lambda e, s, r: (
-        f"{s} does not go on with request {short(e.request)}{why(e.reason)}{_span(e.span)}{_retry(e.retry)}"
+        f"{s} does not go on with request {short(e.request)}{why(e.reason)}{durable_span(e.span)}{or_another(e.retry)}"
     ),
 )
-_say(
-    m.ShowPositions, lambda e, s, r: f"what is durable of request {short(e.request)} is shown to {_readers(e.replies)}"
-)
+_say(m.ShowPositions, lambda e, s, r: f"what is durable of request {short(e.request)} is shown to {readers(e.replies)}")
 _say(m.RequestEnded, lambda e, s, r: _ended(e))
 _say(
     m.RequestQuarantined,
@@ -257,17 +163,19 @@ _say(
 )
 _say(
     m.ChoicesEnded,
-    lambda e, s, r: f"all answers of request {short(e.request)} have ended, which {_readers(e.replies)} is told",
+    lambda e, s, r: f"all answers of request {short(e.request)} have ended, which {readers(e.replies)} is told",
 )
-_say(m.ReaderRefused, lambda e, s, r: f"{_reader(e.reply)} cannot read request {short(e.request)}{why(e.reason)}")
+_say(m.ReaderRefused, lambda e, s, r: f"{reader(e.reply)} cannot read request {short(e.request)}{why(e.reason)}")
 
 # ---- moves ----------------------------------------------------------------------------------------------------
 
 _say(
     m.MigrateRequested,
-    lambda e, s, r: f"an operator wants {_moved(e.request, e.model, e.server)} moved to {e.to or 'somewhere else'}",
+    lambda e, s, r: f"an operator wants {what_moves(e.request, e.model, e.server)} moved to {e.to or 'somewhere else'}",
 )
-_say(m.MoveWanted, lambda e, s, r: f"{_moved(e.request, e.model, e.worker)} is to move to {e.to or 'anywhere else'}")
+_say(
+    m.MoveWanted, lambda e, s, r: f"{what_moves(e.request, e.model, e.worker)} is to move to {e.to or 'anywhere else'}"
+)
 _say(m.ContextsWanted, lambda e, s, r: "how much context has each sequence that runs there?")
 _say(
     m.ContextsTold,
@@ -276,7 +184,7 @@ _say(
         f"with {plural(sum(one.tokens for one in e.sequences), 'token')} of context"
     ),
 )
-_say(m.DescribeMove, lambda e, s, r: f"which requests are meant by {_moved(e.request, e.model, e.worker)}?")
+_say(m.DescribeMove, lambda e, s, r: f"which requests are meant by {what_moves(e.request, e.model, e.worker)}?")
 _say(
     m.MoveDescribed,
     lambda e, s, r: f"request {short(e.request)} of {e.model} runs on {e.worker} and may move" + why(e.why),
@@ -310,9 +218,9 @@ _say(
     ),
 )
 _say(m.SequenceReleased, lambda e, s, r: f"{s} has handed request {short(e.request)} over at position {e.next}")
-_say(m.HandedOver, lambda e, s, r: f"request {short(e.request)} is handed over by {s}" + _span(e.span))
-_say(m.GoOn, lambda e, s, r: f"{r} is to go on with request {short(e.request)}{_from(e.position)}")
-_say(m.ResumeSequence, lambda e, s, r: f"{r} is to decode request {short(e.request)}{_from(e.position)}")
+_say(m.HandedOver, lambda e, s, r: f"request {short(e.request)} is handed over by {s}" + durable_span(e.span))
+_say(m.GoOn, lambda e, s, r: f"{r} is to go on with request {short(e.request)}{from_position(e.position)}")
+_say(m.ResumeSequence, lambda e, s, r: f"{r} is to decode request {short(e.request)}{from_position(e.position)}")
 _say(
     m.MoveOver,
     lambda e, s, r: f"request {short(e.request)} " + ("goes on at its heir" if e.moved else "stays" + why(e.reason)),
@@ -336,7 +244,7 @@ _say(
 
 # ---- models, servers, instances -------------------------------------------------------------------------------
 
-_say(m.ModelAdded, lambda e, s, r: f"model {e.model} was added" + _where_from(e.source))
+_say(m.ModelAdded, lambda e, s, r: f"model {e.model} was added" + where_from(e.source))
 _say(
     m.DrainRequested,
     lambda e, s, r: (
@@ -360,7 +268,7 @@ _say(m.PlacementConfigured, lambda e, s, r: f"at most {plural(e.queue_limit, 're
 _say(
     m.ServerReady,
     lambda e, s, r: (
-        f"server {e.server} is up with {size(e.dram_bytes)} of DRAM{_disk(e.ssd_bytes)} and "
+        f"server {e.server} is up with {size(e.dram_bytes)} of DRAM{disk(e.ssd_bytes)} and "
         f"{plural(len(e.models), 'model')}: {names([held.card.model for held in e.models])}"
     ),
 )
@@ -371,14 +279,14 @@ _say(
         (
             f"{e.server} can fetch {e.card.model} ({size(e.card.weight_bytes)})"
             if e.tier == "remote"
-            else f"{e.server} holds {e.card.model} ({size(e.card.weight_bytes)}) in {_tier(e.tier)}"
+            else f"{e.server} holds {e.card.model} ({size(e.card.weight_bytes)}) in {tier_name(e.tier)}"
         )
-        + (f", loaded in {duration(e.duration_ns)} from {_tier(e.loaded_from)}" if e.duration_ns else "")
+        + (f", loaded in {duration(e.duration_ns)} from {tier_name(e.loaded_from)}" if e.duration_ns else "")
     ),
 )
 _say(m.ModelGone, lambda e, s, r: f"{e.server} no longer holds {e.model}")
 _say(m.ModelReplaced, lambda e, s, r: f"a newer {e.model} lies on {e.server}, to be served when the old one is idle")
-_say(m.LookForModel, lambda e, s, r: f"{r} is to look for {e.model}" + _where_from(e.source))
+_say(m.LookForModel, lambda e, s, r: f"{r} is to look for {e.model}" + where_from(e.source))
 _say(m.DropModel, lambda e, s, r: f"{r} is to delete {e.model} once nobody uses it")
 _say(
     m.WorkerReady,
@@ -399,13 +307,13 @@ _say(m.StopInstance, lambda e, s, r: f"{r} is to stop {e.model}, which is idle")
 _say(
     m.InstanceReady,
     lambda e, s, r: (
-        f"{e.model} runs on {e.worker} with {plural(e.slots, 'slot')}, from {_tier(e.tier)}"
+        f"{e.model} runs on {e.worker} with {plural(e.slots, 'slot')}, from {tier_name(e.tier)}"
         + (f", attached in {duration(e.attach_ns)}" if e.attach_ns else "")
     ),
 )
-_say(m.InstanceFailed, lambda e, s, r: f"{e.model} does not start on {e.worker}{why(e.reason)}{_retry(e.retry)}")
+_say(m.InstanceFailed, lambda e, s, r: f"{e.model} does not start on {e.worker}{why(e.reason)}{or_another(e.retry)}")
 _say(m.InstanceStopped, lambda e, s, r: f"{e.model} is stopped on {e.worker}, its memory is free")
-_say(m.LeaseModel, lambda e, s, r: f"{e.worker} needs {e.model} in DRAM" + _where_from(*e.sources[:1]))
+_say(m.LeaseModel, lambda e, s, r: f"{e.worker} needs {e.model} in DRAM" + where_from(*e.sources[:1]))
 _say(
     m.LeaseReturned,
     lambda e, s, r: f"{e.worker} needs {e.model} no longer" + (": nobody wants it" if e.abandoned else ""),
@@ -415,10 +323,10 @@ _say(
     lambda e, s, r: (
         f"{e.model} is larger than the budget of DRAM: {r} reads it from the SSD itself"
         if e.streamed
-        else f"{e.model} lies in DRAM for {r}, from {_tier(e.tier)}"
+        else f"{e.model} lies in DRAM for {r}, from {tier_name(e.tier)}"
     ),
 )
-_say(m.LeaseRefused, lambda e, s, r: f"{e.model} does not get into DRAM for {r}{why(e.reason)}{_retry(e.retry)}")
+_say(m.LeaseRefused, lambda e, s, r: f"{e.model} does not get into DRAM for {r}{why(e.reason)}{or_another(e.retry)}")
 _say(m.PlacementDecided, lambda e, s, r: _decided(e))
 _say(
     m.PlacementSpread,
@@ -438,7 +346,7 @@ _say(
 _say(
     m.StoreStarted,
     lambda e, s, r: (
-        f"store of {e.server} started with {size(e.dram_bytes)} of DRAM{_disk(e.ssd_bytes)}, found "
+        f"store of {e.server} started with {size(e.dram_bytes)} of DRAM{disk(e.ssd_bytes)}, found "
         f"{names([held.card.model for held in e.models])}"
     ),
 )
@@ -450,12 +358,12 @@ _say(m.EpochClosed, lambda e, s, r: f"epoch {e.epoch} of {e.driver} is closed{wh
 
 # ---- drivers: stores ------------------------------------------------------------------------------------------
 
-_say(m.LoadModel, lambda e, s, r: f"{r}: load {e.model} to DRAM" + _where_from(*e.sources[:1]))
+_say(m.LoadModel, lambda e, s, r: f"{r}: load {e.model} to DRAM" + where_from(*e.sources[:1]))
 _say(
     m.ModelLoaded,
     lambda e, s, r: (
         f"{s} loaded {e.model}, {size(e.loaded_bytes)} in {duration(e.duration_ns)}"
-        + (f" from {_tier(e.tier)}" if e.tier != "ssd" else "")
+        + (f" from {tier_name(e.tier)}" if e.tier != "ssd" else "")
     ),
 )
 _say(
@@ -471,12 +379,12 @@ _say(
     m.LoadCancelTaken,
     lambda e, s, r: f"{s} was to give up the load of {e.model}" + ("" if e.found else ", which had ended"),
 )
-_say(m.EvictModel, lambda e, s, r: f"{r}: let {e.model} go from {_tier(e.tier)}{why(e.reason)}")
+_say(m.EvictModel, lambda e, s, r: f"{r}: let {e.model} go from {tier_name(e.tier)}{why(e.reason)}")
 _say(m.ModelEvicted, lambda e, s, r: f"{s} let {e.model} go")
-_say(m.FindModel, lambda e, s, r: f"{r}: look whether {e.model} lies there" + _where_from(e.source, " or at "))
+_say(m.FindModel, lambda e, s, r: f"{r}: look whether {e.model} lies there" + where_from(e.source, " or at "))
 _say(
     m.ModelFound,
-    lambda e, s, r: f"{s} found {e.card.model}, {size(e.card.weight_bytes)}" + _where_from(e.source, " at "),
+    lambda e, s, r: f"{s} found {e.card.model}, {size(e.card.weight_bytes)}" + where_from(e.source, " at "),
 )
 _say(m.ModelMissing, lambda e, s, r: f"{s} has no {e.model}{why(e.reason)}")
 _say(m.DeleteModel, lambda e, s, r: f"{r}: delete {e.model}")
@@ -495,14 +403,14 @@ _say(
     m.ModelAttached,
     lambda e, s, r: f"{s} attached {e.model} with {plural(e.slots, 'slot')} in {duration(e.duration_ns)}",
 )
-_say(m.AttachFailed, lambda e, s, r: f"{s} could not attach {e.model}{why(e.reason)}{_retry(e.retry)}")
+_say(m.AttachFailed, lambda e, s, r: f"{s} could not attach {e.model}{why(e.reason)}{or_another(e.retry)}")
 _say(m.DetachModel, lambda e, s, r: f"{r}: detach {e.model}")
 _say(m.ModelDetached, lambda e, s, r: f"{s} detached {e.model}")
 _say(
     m.StartSequence,
     lambda e, s, r: (
-        f"{r}: decode request {short(e.request)} with {e.model}{_from(e.position)}{_attempt(e.attempt)} "
-        f"for {_readers(e.replies)}"
+        f"{r}: decode request {short(e.request)} with {e.model}{from_position(e.position)}{at_attempt(e.attempt)} "
+        f"for {readers(e.replies)}"
     ),
 )
 _say(m.CancelSequence, lambda e, s, r: f"{r}: end request {short(e.request)} ({e.reason})")
@@ -510,28 +418,28 @@ _say(
     m.CancelTaken,
     lambda e, s, r: f"{s} " + ("ends" if e.found else "no longer has") + f" request {short(e.request)}",
 )
-_say(m.AddReader, lambda e, s, r: f"{r}: show request {short(e.request)} to {_reader(e.reply)} as well")
+_say(m.AddReader, lambda e, s, r: f"{r}: show request {short(e.request)} to {reader(e.reply)} as well")
 _say(
     m.ReaderAdded,
     lambda e, s, r: (
-        f"{s} " + ("shows" if e.found else "no longer has") + f" request {short(e.request)} for {_reader(e.reply)}"
+        f"{s} " + ("shows" if e.found else "no longer has") + f" request {short(e.request)} for {reader(e.reply)}"
     ),
 )
 _say(
     m.SequenceFinished,
     lambda e, s, r: (
-        f"{s} finished request {short(e.request)} ({e.reason}): {_positions(e.first, e.next)}"
+        f"{s} finished request {short(e.request)} ({e.reason}): {positions(e.first, e.next)}"
         + (f", first token after {duration(e.prefill_ns)}" if e.prefill_ns else "")
         + (f", all in {duration(e.total_ns)}" if e.total_ns else "")
     ),
 )
 _say(
     m.SequenceRefused,
-    lambda e, s, r: f"{s} does not take request {short(e.request)}{why(e.reason)}{_retry(e.retry)}",
+    lambda e, s, r: f"{s} does not take request {short(e.request)}{why(e.reason)}{or_another(e.retry)}",
 )
 _say(
     m.SequenceFailed,
-    lambda e, s, r: f"{s} failed on request {short(e.request)}{why(e.reason)}; {_positions(e.first, e.next)} stand",
+    lambda e, s, r: f"{s} failed on request {short(e.request)}{why(e.reason)}; {positions(e.first, e.next)} stand",
 )
 _say(
     m.ProgressReported,
@@ -542,7 +450,7 @@ _say(
     m.SequencesSealed,
     lambda e, s, r: (
         f"the tokens of {e.worker}, epoch {e.epoch}, are sealed: "
-        + names([f"{_positions(q.first, q.first + len(q.tokens))} of {short(q.request)}" for q in e.sequences])
+        + names([f"{positions(q.first, q.first + len(q.tokens))} of {short(q.request)}" for q in e.sequences])
         + (f" (part {e.part + 1} of {e.parts})" if e.parts > 1 else "")
     ),
 )

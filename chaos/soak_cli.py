@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from bus.errors import UserError
+from bus.lifeline import end_with_parent
 from bus.options import Failure, JsonOption
 
 BATCH = 200
@@ -72,7 +73,7 @@ def one(seed: int) -> dict[str, Any]:
 
 
 def _run(seeds: list[int], jobs: int) -> Iterator[dict[str, Any]]:
-    with ProcessPoolExecutor(jobs) as pool:
+    with ProcessPoolExecutor(jobs, initializer=end_with_parent) as pool:
         for begin in range(0, len(seeds), BATCH):
             yield from pool.map(one, seeds[begin : begin + BATCH])
 

@@ -21,7 +21,7 @@ import msgspec
 
 from loaders import storage
 from loaders.destination import check_replaceable, check_space
-from loaders.errors import CheckpointError
+from loaders.errors import CheckpointError, DestinationBusy
 from loaders.header import HEADER_LIMIT_BYTES
 from loaders.load import StageReport
 from loaders.manifest import (
@@ -31,6 +31,7 @@ from loaders.manifest import (
     Manifest,
     check_agreement,
     parse_manifest,
+    read_manifest,
 )
 from loaders.memory import MemoryPool
 from loaders.packed import WEIGHTS_NAME, PackedHeader, checksum_of, describe_chunk, parse_packed_region
@@ -104,6 +105,14 @@ def _header_of(source: RemoteSource, file: RemoteFile, manifest: Manifest) -> tu
     return bytes(region), packed
 
 
+def _digest_at(directory: Path) -> str:
+    """Of the packed checkpoint there; empty where there is none that can be read."""
+    try:
+        return read_manifest(directory).digest
+    except CheckpointError:
+        return ""
+
+
 class Fetch:
     """A fetch that another thread may cancel. `run` may be called once."""
 
@@ -147,12 +156,15 @@ class Fetch:
                 f"({self._digest[:12]}); fetch the version that is served there"
             )
         check_replaceable(self._destination)
+        before = _digest_at(self._destination)
         companions = {name: read_companion(source, manifest, name) for name in manifest.files}
         file = source.open_large(WEIGHTS_NAME)
         try:
             region, packed = _header_of(source, file, manifest)
             check_space(self._destination.parent, manifest.bytes + sum(map(len, companions.values())))
             with storage.replacing_directory(self._destination) as temporary:
+                if before != manifest.digest == _digest_at(self._destination):
+                    raise DestinationBusy(f"another process has just fetched {self._destination}; look at it again")
                 synced = self._weights(file, packed, region, temporary / WEIGHTS_NAME)
                 for name, content in (companions | self._beside).items():
                     (temporary / name).parent.mkdir(exist_ok=True)

@@ -17,9 +17,10 @@ from actors.replay import verify
 from actors.stub_node import MODEL
 from actors.up import cell_status
 from bus.client import Client
-from bus.contract import Appended, NoAnswer, Record, Unreachable
+from bus.contract import Appended, NoAnswer, Unreachable
 from bus.jetstream import JetStreamBus
 from bus.jetstream_api import stream_info
+from bus.log_reading import read_to_end
 from bus.nats_config import ConfigOptions, Member, Tls, write_configuration
 from bus.server_cluster import EmbeddedCluster
 from tests.support.nats_servers import ConfiguredServer, free_ports, login
@@ -76,16 +77,6 @@ async def whole(client: Client, number: int) -> list[int]:
     return tokens
 
 
-async def ledger_of(bus: JetStreamBus) -> list[Record]:
-    last = (await bus.ledger.usage()).last_sequence
-    reader = await bus.ledger.read()
-    records: list[Record] = []
-    while not records or records[-1].sequence < last:
-        records += await reader.batch()
-    await reader.close()
-    return records
-
-
 async def test_the_leader_of_the_ledger_is_killed_under_load(tmp_path: Path) -> None:
     async with EmbeddedCluster(tmp_path / "nats") as cluster, cell_on(cluster, tmp_path) as bus:
         ledger = bus.subjects.ledger_stream
@@ -128,7 +119,7 @@ async def test_the_leader_of_the_ledger_is_killed_under_load(tmp_path: Path) -> 
         # The killed one comes back and has everything.
         await leader.start_async()
         await cluster.followed(bus, ledger)
-        records = await ledger_of(bus)
+        records = await read_to_end(bus.ledger)
         accepted = [msgspec.json.decode(r.payload)["body"] for r in records if r.subject.endswith("request.accepted")]
         assert {f"k{n}" for n in range(len(asked))} == {body["key"] for body in accepted if body["client"] == "load"}
         verdict = verify(CELL, records)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from live_cell import CELL, LiveCell, live_cell
+from live_cell import live_cell
 
 from actors.dead_cli import body_of
 from bus.api import encode_reply, parse_infer
@@ -32,17 +28,6 @@ def test_a_body_is_made_again_from_its_fact(fields: dict[str, Any]) -> None:
     assert again == first
 
 
-async def dead(cell: LiveCell, *arguments: str) -> Any:
-    process = await asyncio.create_subprocess_exec(
-        *[sys.executable, "-m", "bus.main", "dead", *arguments, "--nats", cell.server.url, "--cell", CELL, "--json"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    out, error = await process.communicate()
-    assert process.returncode == 0, error
-    return json.loads(out)
-
-
 async def test_a_request_whose_workers_die_twice_is_kept_with_its_history(tmp_path: Path) -> None:
     async with live_cell(tmp_path, nodes=1, step_seconds=0.02) as cell:
         answer = cell.client.infer("stub", prompt="poison", max_tokens=100, key="poison")
@@ -56,9 +41,9 @@ async def test_a_request_whose_workers_die_twice_is_kept_with_its_history(tmp_pa
                     if until is not None:
                         cell.nodes.pop()
                         victim = await cell.add_node("n0", step_seconds=0.02)
-        (letter,) = await dead(cell, "list")
+        (letter,) = await cell.told("dead", "list")
         assert letter["key"] == "poison" and len(letter["deaths"]) == 2
-        told = await dead(cell, "show", letter["request"][:8])
+        told = await cell.told("dead", "show", letter["request"][:8])
         first, second = told["deaths"]
         assert first["worker"] == second["worker"] == "gpu/n0/0" and 0 < first["epoch"] < second["epoch"]
         assert 3 <= first["position"] <= second["position"]
@@ -66,7 +51,7 @@ async def test_a_request_whose_workers_die_twice_is_kept_with_its_history(tmp_pa
         assert kinds.count("driver.lost") + kinds.count("tokens.seal") >= 2 and kinds[-1] == "request.quarantined"
         cell.nodes.pop()
         await cell.add_node("n0")
-        again = (await dead(cell, "retry", letter["request"]))["request"]
+        again = (await cell.told("dead", "retry", letter["request"]))["request"]
         assert again != letter["request"]
         result = await cell.client.result(again, wait=20)
         assert result.status == "ended" and len(result.tokens) == 100

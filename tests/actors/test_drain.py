@@ -8,9 +8,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-from live_cell import CELL, LiveCell, live_cell
+from live_cell import CELL, live_cell
 from test_migration_live import ask, ledger, server_of
 from world import card
 
@@ -151,17 +150,6 @@ def test_who_finds_no_slot_waits_for_one_and_is_not_asked_again() -> None:
     assert sorted(to.message.request for to in said if isinstance(to.message, SlotDenied)) == ["due", "first"]
 
 
-async def drain(cell: LiveCell, *arguments: str) -> Any:
-    process = await asyncio.create_subprocess_exec(
-        *[sys.executable, "-m", "bus.main", "drain", *arguments, "--nats", cell.server.url, "--cell", CELL, "--json"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    out, error = await process.communicate()
-    assert process.returncode == 0, error
-    return json.loads(out)
-
-
 async def test_a_server_leaves_while_answers_are_written(tmp_path: Path) -> None:
     async with live_cell(tmp_path, nodes=2, step_seconds=0.02) as cell:
         events = [asyncio.Event() for _ in range(4)]
@@ -169,7 +157,7 @@ async def test_a_server_leaves_while_answers_are_written(tmp_path: Path) -> None
         for event in events:
             await event.wait()
         source = server_of(await cell.status())
-        told = await drain(cell, source)
+        told = await cell.told("drain", source)
         assert told["leave"] and not told.get("left") and not told.get("reason")
         await cell.until(lambda found: not found["servers"][source]["up"])
         found = [await answer for answer in answers]

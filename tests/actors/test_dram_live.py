@@ -14,18 +14,16 @@ from packed_sample import pack_sample
 
 from actors.children import Child
 from bus.contract import Record
+from bus.log_reading import read_to_end
 from bus.messages import (
     LeaseGranted,
     LeaseReturned,
     ModelLoaded,
     StoreStarted,
     WorkerStarted,
-    decode_fact,
-    decode_fact_body,
-    decode_said,
-    decode_said_body,
 )
-from bus.subjects import SaidSubject, Subjects
+from bus.sentences import read_event
+from bus.subjects import Subjects
 from loaders.shared_memory_tier import SharedMemoryTier, default_root
 
 pytestmark = pytest.mark.slow
@@ -75,21 +73,8 @@ class Node:
         return found
 
     async def _messages(self) -> list[Any]:
-        last = (await self.cell.bus.ledger.usage()).last_sequence
-        reader = await self.cell.bus.ledger.read()
-        records: list[Record] = []
-        try:
-            while not records or records[-1].sequence < last:
-                records += await reader.batch()
-        finally:
-            await reader.close()
-        found: list[Any] = []
-        for record in records:
-            if isinstance(Subjects(CELL).parse(record.subject), SaidSubject):
-                found.append(decode_said_body(decode_said(record.payload).body))
-            else:
-                found.append(decode_fact_body(decode_fact(record.payload).body))
-        return found
+        records = await read_to_end(self.cell.bus.ledger)
+        return [read_event(Subjects(CELL), record).message for record in records]
 
 
 @pytest.mark.parametrize("tier", ["page-cache", "shared-memory"])

@@ -9,6 +9,7 @@ from typing import Any
 from live_cell import CELL, LiveCell, live_cell
 
 from actors.replay import verify
+from bus.log_reading import read_to_end
 from bus.messages import (
     MoveEnded,
     PlacementDecided,
@@ -66,14 +67,7 @@ async def test_what_runs_moves_away_for_a_model_that_lies_here(tmp_path: Path) -
 
 async def ledger(cell: LiveCell) -> tuple[list[Any], list[Any]]:
     """All records, and what was said in them."""
-    last = (await cell.bus.ledger.usage()).last_sequence
-    reader = await cell.bus.ledger.read()
-    records: list[Any] = []
-    try:
-        while not records or records[-1].sequence < last:
-            records += await reader.batch()
-    finally:
-        await reader.close()
+    records = await read_to_end(cell.bus.ledger)
     subjects = [Subjects(CELL).parse(record.subject) for record in records]
     said = [
         decode_said_body(decode_said(record.payload).body)

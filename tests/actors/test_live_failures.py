@@ -21,6 +21,7 @@ from actors.stub_node import MODEL
 from bus.answer import RequestFailed
 from bus.client import Client, RequestFields
 from bus.contract import Record
+from bus.log_reading import read_to_end
 from bus.messages import (
     DriverLost,
     FactEnvelope,
@@ -78,19 +79,7 @@ async def undisturbed(client: Client, prompts: list[str], max_tokens: int) -> di
 
 async def all_facts(cell: LiveCell) -> list[Record]:
     """Every fact in the ledger now."""
-    return [record for record in await all_records(cell) if ".fact." in record.subject]
-
-
-async def all_records(cell: LiveCell) -> list[Record]:
-    end = (await cell.bus.ledger.usage()).last_sequence
-    reader = await cell.bus.ledger.read(start=1)
-    records: list[Record] = []
-    try:
-        while not records or records[-1].sequence < end:
-            records += await reader.batch()
-    finally:
-        await reader.close()
-    return records
+    return [record for record in await read_to_end(cell.bus.ledger) if ".fact." in record.subject]
 
 
 async def test_the_publishing_control_is_killed(tmp_path: Path) -> None:
@@ -188,7 +177,7 @@ async def test_a_worker_a_control_and_the_nats_server_are_killed_at_once(tmp_pat
         assert len(later.tokens) == 20
         sealed = [record for record in await all_facts(cell) if record.subject.endswith("sequences.sealed")]
         assert sealed, "the killed worker held answers"
-        assert verify(CELL, await all_records(cell)).difference is None
+        assert verify(CELL, await read_to_end(cell.bus.ledger)).difference is None
 
 
 async def test_a_node_is_killed_in_mid_answer(tmp_path: Path) -> None:

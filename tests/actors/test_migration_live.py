@@ -16,19 +16,17 @@ from live_cell import CELL, LiveCell, live_cell
 
 from actors.moves_watch import watch_moves
 from actors.replay import verify
+from bus.log_reading import read_to_end
 from bus.messages import (
     FactEnvelope,
     MigrateRequested,
     MoveEnded,
     RoundFinished,
-    decode_fact,
-    decode_fact_body,
-    decode_said,
-    decode_said_body,
     encode,
     kind_of,
 )
-from bus.subjects import FactSubject, SaidSubject, Subjects
+from bus.sentences import read_event
+from bus.subjects import Subjects
 
 STEP_SECONDS = 0.02
 
@@ -99,22 +97,7 @@ async def test_answers_move_to_another_server_and_back(tmp_path: Path) -> None:
 
 async def ledger(cell: LiveCell) -> list[tuple[Any, Any]]:
     subjects = Subjects(CELL)
-    last = (await cell.bus.ledger.usage()).last_sequence
-    reader = await cell.bus.ledger.read()
-    found: list[tuple[Any, Any]] = []
-    try:
-        while not found or found[-1][0].sequence < last:
-            for record in await reader.batch():
-                subject = subjects.parse(record.subject)
-                message: Any = None
-                if isinstance(subject, FactSubject):
-                    message = decode_fact_body(decode_fact(record.payload).body)
-                elif isinstance(subject, SaidSubject):
-                    message = decode_said_body(decode_said(record.payload).body)
-                found.append((record, message))
-    finally:
-        await reader.close()
-    return found
+    return [(record, read_event(subjects, record).message) for record in await read_to_end(cell.bus.ledger)]
 
 
 def server_of(cell_status: dict[str, Any]) -> str:

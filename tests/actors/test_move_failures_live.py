@@ -19,6 +19,7 @@ from bus_worlds import Proxy
 from live_cell import CELL, LiveCell, live_cell
 
 from actors.replay import verify
+from bus.log_reading import read_to_end
 from bus.messages import (
     FactEnvelope,
     MigrateRequested,
@@ -200,15 +201,7 @@ async def staged(folder: Path) -> AsyncIterator[Stages]:
 
 
 async def replay(cell: LiveCell) -> None:
-    last = (await cell.bus.ledger.usage()).last_sequence
-    reader = await cell.bus.ledger.read()
-    records: list[Any] = []
-    try:
-        while not records or records[-1].sequence < last:
-            records += await reader.batch()
-    finally:
-        await reader.close()
-    assert verify(CELL, records).difference is None
+    assert verify(CELL, await read_to_end(cell.bus.ledger)).difference is None
 
 
 async def test_whoever_dies_at_whichever_stage(tmp_path: Path) -> None:

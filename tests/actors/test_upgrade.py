@@ -19,6 +19,7 @@ from actors.rules import KNOWN_RULES
 from actors.rules_cli import activate, described
 from actors.stub_node import MODEL
 from bus.client import Client
+from bus.log_reading import read_to_end
 from bus.options import Failure
 from bus.service import instances
 from tests.support.live_cell import CELL, LiveCell, live_cell
@@ -128,7 +129,7 @@ async def test_a_rolling_upgrade_with_a_changed_placement_rule(tmp_path: Path) -
         assert re.search("rule version 2 is in force at .*run a newer one", silent["reason"])
         assert silent["reason"] in cell.controls[4].last_words()
         await load.more(12)
-        assert silent["id"] not in {record.publisher for record in await everything(cell)}
+        assert silent["id"] not in {record.publisher for record in await read_to_end(cell.bus.ledger)}
 
         # Back, while requests run.
         assert (await activate(cell.bus, CELL, 1))[0] == 2
@@ -139,15 +140,3 @@ async def test_a_rolling_upgrade_with_a_changed_placement_rule(tmp_path: Path) -
         assert verdict is not None and verdict.difference is None and not verdict.pending
         code, told = await longshore(cell, "rules")
         assert code == 0 and "rule version 1 is in force, since" in told and f"control {silent['id']}" in told
-
-
-async def everything(cell: LiveCell) -> list[Any]:
-    end = (await cell.bus.ledger.usage()).last_sequence
-    reader = await cell.bus.ledger.read(start=1)
-    records: list[Any] = []
-    try:
-        while not records or records[-1].sequence < end:
-            records += await reader.batch()
-    finally:
-        await reader.close()
-    return records

@@ -15,10 +15,9 @@ from bus.api import (
     _INFER,
     ParsedRequest,
     Refusal,
-    parse_added_model,
     parse_infer,
     parse_key,
-    parse_removed_model,
+    parse_model,
     parse_request_id,
     parse_resume,
 )
@@ -269,21 +268,21 @@ def test_resume_and_request_ids() -> None:
 
 
 def test_models_are_named_in_admin_requests() -> None:
-    assert parse_removed_model(b'{"model":"a"}', None) == ("a", "")
+    assert parse_model(b'{"model":"a"}', None, source=False) == ("a", "")
     with pytest.raises(Refusal, match="model is missing"):
-        parse_removed_model(b"{}", None)
+        parse_model(b"{}", None, source=False)
     with pytest.raises(Refusal, match="model is missing: name the model"):
-        parse_removed_model(b"", None)
+        parse_model(b"", None, source=False)
 
 
 def test_an_added_model_may_name_its_source() -> None:
     for source in ("/shared/models/a", "https://models.example.org/a"):
-        assert parse_added_model(msgspec.json.encode({"model": "a", "source": source}), None) == ("a", source)
+        assert parse_model(msgspec.json.encode({"model": "a", "source": source}), None, source=True) == ("a", source)
     for wrong in ("models/a", "ftp://x/a", "http://", "", "/a" * 600, 3, "/a\n"):
         with pytest.raises(Refusal, match="source must be an absolute directory"):
-            parse_added_model(msgspec.json.encode({"model": "a", "source": wrong}), None)
+            parse_model(msgspec.json.encode({"model": "a", "source": wrong}), None, source=True)
     with pytest.raises(Refusal, match="source"):
-        parse_removed_model(b'{"model":"a","source":"/a"}', None)
+        parse_model(b'{"model":"a","source":"/a"}', None, source=False)
 
 
 def test_a_key_is_read_from_a_body_that_is_wrong_otherwise() -> None:

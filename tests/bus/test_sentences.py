@@ -13,11 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bus import messages as m
-from bus import reassembly, wording
+from bus import phrases, reassembly
 from bus.contract import Record
+from bus.messages import names as names_of_models
+from bus.phrases import names, plural
 from bus.sentences import read_event, sentence, style_of
 from bus.subjects import Subjects
-from bus.wording import WORDS, names, plural
+from bus.wording import WORDS
 
 SUBJECTS = Subjects("main")
 KINDS = sorted({*m.FACTS, *m.SAID}, key=m.kind_of)
@@ -147,6 +149,7 @@ def test_colours_go_by_group_and_trouble_is_red() -> None:
 
 
 def test_parts_of_sentences() -> None:
-    assert doctest.testmod(wording).failed == doctest.testmod(reassembly).failed == 0
+    for module in (phrases, reassembly, names_of_models):
+        assert doctest.testmod(module).failed == 0
     assert (plural(1, "slot"), plural(2, "slot")) == ("1 slot", "2 slots")
     assert (names([]), names(["a", "b"]), names(list("abcde"))) == ("nothing", "a, b", "a, b, c and 2 more")

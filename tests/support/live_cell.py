@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -55,6 +57,17 @@ class LiveCell:
         self.nodes.append(child)
         await child.start()
         return child
+
+    async def told(self, *arguments: str) -> Any:
+        """What a command of ours says with `--json`; it has to succeed."""
+        process = await asyncio.create_subprocess_exec(
+            *[sys.executable, "-m", "bus.main", *arguments, "--nats", self.server.url, "--cell", CELL, "--json"],
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        out, error = await process.communicate()
+        assert process.returncode == 0, error
+        return json.loads(out)
 
     async def status(self) -> dict[str, Any]:
         return await self.until(lambda found: True)
