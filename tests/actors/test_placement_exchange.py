@@ -246,6 +246,7 @@ def test_what_shares_a_device_moves_to_one_that_idles_once() -> None:
     table = shared()
     said = table.release("b2", "b")
     assert spreads(said) == [("a", S, T)] and starts(said) == [(T, "a", ())] and wanted(said) == [("a1", T)]
+    assert [to.message.urgent for to in said if isinstance(to.message, StartInstance)] == [False], "nobody waits"
     table.ready("a", T, slots=2)
     move(table, "a1", "a", S, T)
     table.now += 100 * SECOND
