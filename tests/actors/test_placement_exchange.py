@@ -23,6 +23,7 @@ from bus.messages import (
     SlotKept,
     SlotReleased,
     SlotTaken,
+    StartInstance,
     To,
     WantSlot,
     WorkerGone,
