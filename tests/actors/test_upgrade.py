@@ -127,7 +127,9 @@ async def test_a_rolling_upgrade_with_a_changed_placement_rule(tmp_path: Path) -
         await cell.add_control(*OLD)
         silent = next(one for one in await states(cell, [("silent", [1]), new, new]) if one["state"] == "silent")
         assert re.search("rule version 2 is in force at .*run a newer one", silent["reason"])
-        assert silent["reason"] in cell.controls[4].last_words()
+        async with asyncio.timeout(10):  # It answers before its log is written.
+            while silent["reason"] not in cell.controls[4].last_words():
+                await asyncio.sleep(0.02)
         await load.more(12)
         assert silent["id"] not in {record.publisher for record in await read_to_end(cell.bus.ledger)}
 
