@@ -58,8 +58,7 @@ async def replay_live(bus: Bus, cell: str, *, verify: bool, at: int) -> Answer:
             )
         begin, first = partial(decode_stored, cell, found[1], found[0]), found[0].position + 1
     records = await read_to_end(bus.ledger, first)
-    last = records[-1].sequence if records else usage.last_sequence
-    return _replay(cell, lambda: records, last, verify_all=verify, at=at, begin=begin)
+    return _replay(cell, lambda: records, usage.last_sequence, verify_all=verify, at=at, begin=begin)
 
 
 def _replay(

@@ -127,9 +127,8 @@ async def test_a_rolling_upgrade_with_a_changed_placement_rule(tmp_path: Path) -
         await cell.add_control(*OLD)
         silent = next(one for one in await states(cell, [("silent", [1]), new, new]) if one["state"] == "silent")
         assert re.search("rule version 2 is in force at .*run a newer one", silent["reason"])
-        async with asyncio.timeout(10):  # It answers before its log is written.
-            while silent["reason"] not in cell.controls[4].last_words():
-                await asyncio.sleep(0.02)
+        # It answers before its log is written.
+        await cell.until(lambda _: silent["reason"] in cell.controls[4].last_words())
         await load.more(12)
         assert silent["id"] not in {record.publisher for record in await read_to_end(cell.bus.ledger)}
 
@@ -139,6 +138,7 @@ async def test_a_rolling_upgrade_with_a_changed_placement_rule(tmp_path: Path) -
         await asyncio.gather(load.stop(), further.stop())
         await states(cell, [("silent", [1]), new, new])
         verdict, _ = await replay_live(cell.bus, CELL, verify=True, at=0)
-        assert verdict is not None and verdict.difference is None and not verdict.pending
+        # The ledger may end between a fact and what follows from it.
+        assert verdict is not None and verdict.difference is None and verdict.verified > 1000
         code, told = await longshore(cell, "rules")
         assert code == 0 and "rule version 1 is in force, since" in told and f"control {silent['id']}" in told
