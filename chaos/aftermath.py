@@ -126,7 +126,8 @@ class Aftermath:
     def _last_words(self) -> None:
         """Core messages get lost and shells die; where nothing of that happens, the last word comes last."""
         options = self._world.options
-        if not (options.odds.on() or options.disturbances or options.crash_at_record or options.crash_at):
+        deaths = options.crash_at_record or options.crash_at or options.crash_at_move
+        if not (options.odds.on() or options.disturbances or deaths):
             for text in self._world.observer.early:
                 self.violation(Promise.IN_ORDER, text)
 
