@@ -17,8 +17,9 @@ from chaos.phases import PHASES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SEEDS = (*range(70), 424, 484, 489, 549, 552, 597, 642, 653, 658, 683, 700, 717, 737, 757, 2510)
-"""The first ones; some in which a death falls into a short phase, so that none is empty when decisions change; and 2510,
-where a control that dies lets the last word of several answers come before their ends, which readers have to stand."""
+"""The first ones; some in which a death falls into a short phase, so that none is empty when decisions change; and
+2510, where a control that dies lets the last word of several answers come before their ends, which readers have to
+stand."""
 
 
 @pytest.fixture(scope="module")
