@@ -1,7 +1,7 @@
 """A server without models, as a process of its own: real drivers over NATS, stub engines. For benches and tests.
 
 python -m actors.stub_node --nats URL --cell NAME [--workers 1] [--models 1] [--step-seconds 0] [--slots 64]
-    [--memory-mib 100]
+    [--memory-mib 100] [--load-seconds 0]
 
 With --directory DIR its models are packed files that lie there, as those of a real server; only its engines are stubs.
 """
@@ -56,6 +56,7 @@ async def run_stub_node(
     models: int = 1,
     memory_mib: int = 100,
     directory: str = "",
+    load_seconds: float = 0.0,
 ) -> None:
     """Until SIGTERM. The models are `stub`, `stub-1`, `stub-2` and so on, or those of the directory."""
     ending = asyncio.Event()
@@ -65,7 +66,8 @@ async def run_stub_node(
     subjects = Subjects(cell)
     tasks = Tasks()
     cards = tuple(stub_card(f"{MODEL}-{number}" if number else MODEL) for number in range(models))
-    storage: Storage = StubStorage(cards)
+    rate = int(cards[0].weight_bytes / load_seconds) if load_seconds else 0
+    storage: Storage = StubStorage(cards, bytes_per_second=rate)
     if directory:
         from actors.local_storage import LocalStorage
 
@@ -107,6 +109,7 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=1)
     parser.add_argument("--memory-mib", type=int, default=100)
     parser.add_argument("--directory", default="")
+    parser.add_argument("--load-seconds", type=float, default=0.0)
     options = parser.parse_args()
     import uvloop
 
@@ -121,6 +124,7 @@ def main() -> None:
             models=options.models,
             memory_mib=options.memory_mib,
             directory=options.directory,
+            load_seconds=options.load_seconds,
         )
     )
 

@@ -172,16 +172,19 @@ class SlotEngine:
         """Rows of the next prefill chunk and the most tokens that one of them gets.
 
         The oldest goes as far as the budget lets it. Rows in the slots right behind it come along when that does not
-        slow it down: a burst of short prompts costs one forward pass and not one each. While nobody decodes, nobody's
-        step is lengthened: then the budget is `idle_chunks` chunks.
+        slow it down: a burst of short prompts costs one forward pass and not one each. One that begins like another
+        waits until that beginning is computed, and takes it from there. While nobody decodes, nobody's step is
+        lengthened: then the budget is `idle_chunks` chunks.
         """
         budget = self._prefill_chunk if self._decoding else self._prefill_chunk * self._idle_chunks
         best, best_tokens, best_fed = [oldest], min(oldest.left, budget), 0
         rows: list[Sequence] = []
         for row in self._present(oldest.slot, self.slots):
             row.replay()
-            if row.ended is not None or not row.left or (row is not oldest and self._will_share(row, oldest)):
+            if row.ended is not None or not row.left or any(self._will_share(row, other) for other in rows):
                 break
+            if row is not oldest:
+                self._share_prefix(row)
             rows.append(row)
             tokens = min(max(row.left for row in rows), budget // len(rows))
             if tokens < min(oldest.left, budget):
@@ -192,10 +195,12 @@ class SlotEngine:
         return best, best_tokens
 
     @staticmethod
-    def _will_share(row: Sequence, oldest: Sequence) -> bool:
-        """Whether a row that waits will find its beginning computed by the one before it."""
-        most = min(row.left, oldest.left) if not row.cached else 0
-        return most >= SHARED_AT_LEAST and common_prefix(row.tokens, oldest.tokens, most) >= SHARED_AT_LEAST
+    def _will_share(row: Sequence, other: Sequence) -> bool:
+        """Whether nothing of a row is computed, and more of another one's tokens than are computed yet begin it."""
+        most = min(len(row.tokens) - 1, len(other.tokens))
+        if row.cached or most < max(SHARED_AT_LEAST, other.cached + 1):
+            return False
+        return common_prefix(row.tokens, other.tokens, most) >= max(SHARED_AT_LEAST, other.cached + 1)
 
     def _present(self, first: int, end: int) -> list[Sequence]:
         """The rows from slot `first` up to the first free slot or `end`."""

@@ -73,6 +73,54 @@ def test_a_burst_of_short_prompts_shares_a_chunk(loaded, fed):
     assert len(events) == 8
 
 
+def computed(engine):
+    """How many tokens of each row every pass from now on computes; padding is none."""
+    passes = []
+    forward = engine._forward
+
+    def counting(rows, counts):
+        passes.append(sum(counts))
+        return forward(rows, counts)
+
+    engine._forward = counting
+    return passes
+
+
+@pytest.mark.parametrize("chunk", [4, 16, 64])
+@pytest.mark.parametrize("groups", ["aaaaa", "abab", "aabb", "cacac"])
+def test_a_common_beginning_is_computed_once_however_many_have_it(loaded, groups, chunk):
+    """`c` has nothing in common with anybody, and so little to compute that others come along with it."""
+    engine = loaded.engine(max_slots=6, prefill_chunk=chunk)
+    passes = computed(engine)
+    beginnings = {"a": tuple(range(20, 80)), "b": tuple(range(30, 90))}
+    prompts = [(*beginnings.get(group, ()), 200 + index, 210, 220 + index) for index, group in enumerate(groups)]
+    for index, prompt in enumerate(prompts):
+        engine.admit(SequenceStart(str(index), prompt, (), Sampling(max_tokens=4), held=True))
+    while engine.busy():
+        engine.step()
+    assert sum(passes) == 60 * len({*groups} & {*beginnings}) + 3 * len(groups)
+    for index in range(len(prompts)):
+        engine.release(str(index))
+    events = run(engine)
+    assert [tokens(events[str(index)]) for index in range(len(prompts))] == [
+        loaded.reference(prompt)[:4] for prompt in prompts
+    ]
+
+
+def test_those_that_follow_take_a_beginning_from_one_that_is_extended_all_the_time(loaded):
+    engine = loaded.engine(max_slots=6, prefill_chunk=16)
+    passes = computed(engine)
+    beginning = tuple(range(20, 80))
+    for index in range(4):
+        engine.admit(SequenceStart(str(index), (*beginning, 200 + index), (), Sampling(max_tokens=40), held=True))
+    extended = 0
+    while any(engine.left(str(index)) for index in range(1, 4)):
+        engine.extend("0", [300 + extended])
+        extended += 1
+        engine.step()
+    assert sum(passes) == 60 + 4 + extended
+
+
 def test_while_nobody_decodes_several_chunks_go_into_a_step(loaded, fed):
     engine = loaded.engine(max_slots=3, prefill_chunk=16, idle_chunks=4)
     engine.admit(greedy("first", tuple(range(20, 80))))

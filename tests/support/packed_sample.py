@@ -9,10 +9,18 @@ from loaders import pack_checkpoint
 from models.sample import make_sample
 
 
-def pack_sample(models: Path, name: str, *, seed: int = 1, arch: str = "llama", parameters: int = 1_500_000) -> Path:
+def pack_sample(
+    models: Path,
+    name: str,
+    *,
+    seed: int = 1,
+    arch: str = "llama",
+    parameters: int = 1_500_000,
+    dtype: str = "float32",
+) -> Path:
     """Make a sample and pack it under `models` as the model `name`; its packed directory."""
     source = models.parent / f"source-{escape_model(name)}-{seed}"
-    make_sample(source, arch=arch, parameters=parameters, seed=seed, dtype="float32", context=512)
+    make_sample(source, arch=arch, parameters=parameters, seed=seed, dtype=dtype, context=512)
     directory = models / escape_model(name)
     models.mkdir(parents=True, exist_ok=True)
     pack_checkpoint(source, directory)
