@@ -73,13 +73,15 @@ def bench_attach(folder: Path, tensor_bytes: int, *, runs: int, tensors: int = 1
     found: dict[str, list[list[float]]] = {}
     with contextlib.ExitStack() as stack:
         stack.callback(SharedMemoryTier.remove, small)
-        roots = [small]
+        roots = []
         mount = folder / "huge"
         mount.mkdir(exist_ok=True)
         command = ["mount", "-t", "tmpfs", "-o", f"huge=advise,size={size * 2}", "tmpfs", str(mount)]
         if subprocess.run(command, capture_output=True, check=False).returncode == 0:
             stack.callback(subprocess.run, ["umount", "-l", str(mount)], check=False)
             roots.append(mount / "longshore")
+        roots.append(small)  # last: what needs huge pages comes while whole ones are free
+        drop_cache([])
         tiers: list[DramTier] = [PageCacheTier(None), *(SharedMemoryTier(root) for root in roots)]
         for tier in tiers:
             tier.bring(packed)
