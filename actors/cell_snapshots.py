@@ -21,7 +21,7 @@ import structlog
 from actors.cell import Cell
 from actors.replica import Replica
 from actors.rules import KNOWN_RULES, UnknownRules
-from bus.contract import Bus, BusError, NoAnswer, Record
+from bus.contract import Bus, BusError, NoAnswer, Record, Usage
 from bus.errors import UserError
 from bus.snapshots import Manifest, SnapshotStore, Torn, agrees, anchor_of
 from bus.subjects import Subjects
@@ -108,9 +108,33 @@ async def find_start(bus: Bus, subjects: Subjects, known_rules: tuple[int, ...] 
 
     Raises `NoBeginning`, `UnknownRules` where only a snapshot of unknown rules leads up to the ledger, and `BusError`.
     """
-    usage = await bus.ledger.usage()
+    looked_at: list[str] | None = None
+    while True:
+        usage = await bus.ledger.usage()
+        manifests = await SnapshotStore(bus.snapshots, subjects).manifests()
+        found = await _newest_usable(bus, subjects, manifests, usage, known_rules)
+        if isinstance(found, Start):
+            return found
+        if usage.first_sequence == 1:
+            return Start(Cell(subjects.cell, known_rules), frozenset(), [], [], None)
+        names = [manifest.name for manifest in manifests]
+        if names == looked_at:
+            break
+        looked_at = names  # while they were read, others may have come and these been dropped for them
+    if found is not None:
+        raise found
+    raise NoBeginning(
+        f"the ledger of cell {subjects.cell!r} begins at sequence {usage.first_sequence}, and no snapshot in "
+        f"{subjects.snapshots_stream} leads up to it: restore that stream from a backup with `longshore restore`"
+    )
+
+
+async def _newest_usable(
+    bus: Bus, subjects: Subjects, manifests: list[Manifest], usage: Usage, known_rules: tuple[int, ...]
+) -> Start | UnknownRules | None:
+    """The state of the first that can be gone on from, or why the newest that would lead up to the ledger cannot."""
     unknown: UnknownRules | None = None
-    for manifest in await SnapshotStore(bus.snapshots, subjects).manifests():
+    for manifest in manifests:
         if manifest.position + 1 < usage.first_sequence or manifest.position > usage.last_sequence:
             continue
         if manifest.rules not in known_rules:
@@ -127,14 +151,7 @@ async def find_start(bus: Bus, subjects: Subjects, known_rules: tuple[int, ...] 
             log.warning("snapshot not used", snapshot=manifest.name, reason=str(error))
         except (Torn, ValueError) as error:
             log.warning("snapshot not used", snapshot=manifest.name, reason=str(error))
-    if usage.first_sequence > 1:
-        if unknown is not None:
-            raise unknown
-        raise NoBeginning(
-            f"the ledger of cell {subjects.cell!r} begins at sequence {usage.first_sequence}, and no snapshot in "
-            f"{subjects.snapshots_stream} leads up to it: restore that stream from a backup with `longshore restore`"
-        )
-    return Start(Cell(subjects.cell, known_rules), frozenset(), [], [], None)
+    return unknown
 
 
 async def _read(bus: Bus, subjects: Subjects, manifest: Manifest) -> bytes:

@@ -4,16 +4,17 @@
     longshore.<cell>.snapshot.manifest      JSON: what it is a snapshot of, which chunks, and their digest
 
 A snapshot without its manifest does not exist; one whose chunks do not give the manifest's digest is torn, and an
-older one is taken. Any number of processes may write at once: each snapshot has an id of its own. What a snapshot
-means is not known here: it is bytes at a ledger position, and the digest of the ledger's record there tells whether it
-belongs to the ledger that one has.
+older one is taken. So an old one is given up only when enough newer ones have been read back and found whole: of a
+ledger whose beginning is gone they are all there is to start from. Any number of processes may write at once: each
+snapshot has an id of its own. What a snapshot means is not known here: it is bytes at a ledger position, and the digest
+of the ledger's record there tells whether it belongs to the ledger that one has.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -27,7 +28,7 @@ CHUNKS_UNDER_WAY = 8
 PAUSE_SECONDS = 0.002
 """Between two chunks: hashing and sending one is this process's time, and it has others to serve."""
 KEPT = 3
-"""Snapshots that are kept; the oldest is dropped when another one is whole."""
+"""Whole snapshots that are kept; the oldest is dropped when another one is whole."""
 READ_SECONDS = 5.0
 """How long the next piece may take to come."""
 BYTES_LIMIT = 8 << 30
@@ -91,11 +92,13 @@ class SnapshotStore:
     def __init__(self, log: Log, subjects: Subjects) -> None:
         self._log = log
         self._subjects = subjects
+        self._whole: dict[str, bool] = {}
 
     async def write(
         self, parts: Sequence[bytes], *, position: int, anchor: str, rules: int, facts: int, writer: str, at: int
     ) -> Manifest:
-        """Store one snapshot and drop what is too old. Raises `BusError`; then no snapshot was added.
+        """Store one snapshot and drop what is too old. Raises `Torn` where it does not come back as it was written, and
+        `BusError` otherwise: whether one was added is not known then.
 
         Its bytes are the parts, one behind the other. Never more than a chunk of them is worked on without a break.
         `writer` and `position` make its id: a writer does not write the same position twice.
@@ -143,14 +146,36 @@ class SnapshotStore:
             message_id=f"manifest.{name}",
             publisher=writer,
         )
-        await self.drop_old()
+        if manifest not in await self._drop_old() or not await self._is_whole(manifest):
+            raise Torn(f"snapshot {name} does not come back as it was written")
         return manifest
 
-    async def drop_old(self, kept: int = KEPT) -> None:
-        """Give up everything before the `kept` newest snapshots. Raises `BusError`: then it stays for the moment."""
-        newest = (await self.manifests())[:kept]
-        if len(newest) == kept:
-            await self._log.drop(min(manifest.first for manifest in newest))
+    async def _drop_old(self) -> list[Manifest]:
+        """Give up everything before the `KEPT` newest whole snapshots; all that were there. Raises `BusError`."""
+        manifests = await self.manifests()
+        names = {manifest.name for manifest in manifests}
+        self._whole = {name: whole for name, whole in self._whole.items() if name in names}
+        kept: list[int] = []
+        whole = 0
+        for manifest in manifests:
+            kept.append(manifest.first)
+            whole += await self._is_whole(manifest)
+            if whole == KEPT:
+                await self._log.drop(min(kept))
+                break
+        return manifests
+
+    async def _is_whole(self, manifest: Manifest) -> bool:
+        """Whether it can be read; each is read once."""
+        known = self._whole.get(manifest.name)
+        if known is None:
+            try:
+                await self._read_pieces(manifest, lambda piece: None, PAUSE_SECONDS)
+                known = True
+            except Torn:
+                known = False
+            self._whole[manifest.name] = known
+        return known
 
     async def manifests(self) -> list[Manifest]:
         """All snapshots of a format that is known here, the one with the latest position first. Raises `BusError`."""
@@ -170,40 +195,65 @@ class SnapshotStore:
             if last is None:
                 return []
             try:
-                return await self._read(self._subjects.snapshot_manifest, 1, last.sequence)
+                records: list[Record] = []
+                await self._read(self._subjects.snapshot_manifest, 1, last.sequence, records.append)
+                return records
             except Torn:  # somebody dropped old ones in between: there are newer ones
                 continue
 
     async def read(self, manifest: Manifest) -> bytes:
         """Its bytes. Raises `Torn`, and `BusError` where nobody answers."""
+        pieces: list[bytes] = []
+        await self._read_pieces(manifest, pieces.append)
+        return b"".join(pieces)
+
+    async def _read_pieces(self, manifest: Manifest, take: Callable[[bytes], object], pause: float = 0.0) -> None:
+        """Give `take` its bytes in order, piece by piece; only when this returns they are known to be whole."""
         if not (0 < manifest.chunks <= CHUNKS_LIMIT and 0 <= manifest.bytes <= BYTES_LIMIT):
             raise Torn(f"snapshot {manifest.name} has a manifest that cannot be: {manifest.chunks} chunks")
-        if await self._log.get(manifest.last) is None:
-            raise Torn(f"snapshot {manifest.name} has lost its last chunk")
-        pieces: dict[int, bytes] = {}
         subject = self._subjects.snapshot_chunk(manifest.name)
-        for record in await self._read(subject, manifest.first, manifest.last):
-            number = int.from_bytes(record.payload[:_NUMBER_BYTES], "little")
-            pieces.setdefault(number, record.payload[_NUMBER_BYTES:])
-        body = b"".join(pieces.get(number, b"") for number in range(manifest.chunks))
-        if len(body) != manifest.bytes or hashlib.blake2b(body, digest_size=32).hexdigest() != manifest.digest:
-            raise Torn(f"snapshot {manifest.name} has {len(body)} bytes that are not the {manifest.bytes} written")
-        return body
+        last = await self._log.get(manifest.last)
+        if last is None or last.subject != subject:
+            raise Torn(f"snapshot {manifest.name} has lost its last chunk")
+        early: dict[int, bytes] = {}
+        number = size = 0
+        digest = hashlib.blake2b(digest_size=32)
 
-    async def _read(self, subject: str, first: int, last: int) -> list[Record]:
-        """All records of a subject up to a sequence that is known to be on it."""
-        records: list[Record] = []
+        def put(record: Record) -> None:
+            nonlocal number, size
+            at = int.from_bytes(record.payload[:_NUMBER_BYTES], "little")
+            if number <= at < manifest.chunks:
+                early.setdefault(at, record.payload[_NUMBER_BYTES:])
+            while number in early:
+                piece = early.pop(number)
+                number, size = number + 1, size + len(piece)
+                digest.update(piece)
+                take(piece)
+
+        await self._read(subject, manifest.first, manifest.last, put, pause)
+        if number < manifest.chunks or size != manifest.bytes or digest.hexdigest() != manifest.digest:
+            raise Torn(f"snapshot {manifest.name} has {size} bytes that are not the {manifest.bytes} written")
+
+    async def _read(
+        self, subject: str, first: int, last: int, take: Callable[[Record], None], pause: float = 0.0
+    ) -> None:
+        """Give `take` all records of a subject up to a sequence that is known to be on it, with a break after each."""
         reader = await self._log.read([subject], start=first)
+        at = 0
         try:
-            while not records or records[-1].sequence < last:
-                records += await asyncio.wait_for(reader.batch(), READ_SECONDS)
+            while at < last:
+                for record in await asyncio.wait_for(reader.batch(), READ_SECONDS):
+                    at = record.sequence
+                    if at <= last:
+                        take(record)
+                    if pause:
+                        await asyncio.sleep(pause)
         except LogChanged:
             raise Torn(f"records of {subject} up to {last} were dropped while they were read") from None
         except TimeoutError:
             raise NoAnswer(f"the records of {subject} up to {last} did not come in time") from None
         finally:
             await reader.close()
-        return [record for record in records if record.sequence <= last]
 
 
 async def agrees(ledger: Log, manifest: Manifest) -> bool:

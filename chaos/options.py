@@ -229,7 +229,6 @@ def moving(seed: int) -> Options:
         requests=random.randint(6, 14),
         several=0.1,
         removals=0,
-        snapshot_trouble=0.0 if options.generations else options.snapshot_trouble,
         rules=KNOWN_RULES[-1],
         fault_seconds=random.uniform(5.0, 10.0),
         upgrade=False,

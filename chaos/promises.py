@@ -21,6 +21,7 @@ class Promise(Enum):
     REPLICAS_AGREE = "replicas have the same state at the same position"
     REPLAY_AGREES = "replay computes what the ledger holds, and nothing else"
     SNAPSHOTS_AGREE = "a snapshot and the tail give the same state as the whole"
+    CAN_START = "where the ledger's beginning is gone, a whole snapshot leads up to what is left"
     NO_SKIPPED_STEP = "no step fails"
     NO_FAILURE = "no process ends with an error that nobody foresaw"
     BUDGETS = "memory, DRAM and slots are within their budgets"

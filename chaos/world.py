@@ -47,6 +47,7 @@ from chaos.options import Options
 from chaos.phases import Phases
 from chaos.processes import Process, WatchedBus
 from chaos.promises import Promise, Violations
+from chaos.starts import can_start
 from chaos.upgrades import Upgrade
 
 CELL = "sim"
@@ -331,6 +332,7 @@ class World:
         random = self._snapshot_random
         if not self.troubled:
             return
+        self._see_start()
         where = f"snapshots {record.sequence}"
         if random.random() < self.options.snapshot_trouble:
             self._kill_at(self._boots.get(record.publisher), where, random.random() < 0.5)
@@ -338,6 +340,11 @@ class World:
             cut = random.randrange(len(record.payload))
             self.note(f"the disk loses what stands in {where} behind byte {cut}")
             self.server.snapshots.alter(record.sequence, record.payload[:cut])
+
+    def _see_start(self) -> None:
+        if not can_start(self.server.ledger, self.server.snapshots, self.subjects):
+            what = f"the ledger begins at {self.server.ledger.first_sequence}, and no whole snapshot leads up to it"
+            self.violation(Promise.CAN_START, what)
 
     def _kill_at(self, victim: Process | None, where: str, before_answer: bool) -> None:
         if victim is None:
@@ -426,6 +433,7 @@ class World:
                 if before > first:
                     self.note(f"the ledger before {before} is dropped")
                     await bus.ledger.drop(before)
+                    self._see_start()
             except (RotationRefused, BusError) as error:
                 if self._say is not None:
                     self._say(self.now(), f"nothing is dropped: {error}")
@@ -481,6 +489,7 @@ class World:
     async def _sample(self) -> None:
         while True:
             await asyncio.sleep(SAMPLE_SECONDS)
+            self._see_start()
             for name, control in self.controls.items():
                 if control.replica is not None and not control.silent:
                     cell = control.replica.cell

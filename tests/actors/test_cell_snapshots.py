@@ -12,12 +12,13 @@ import pytest
 from bus_worlds import until
 from world import CELL, World
 
+from actors import cell_snapshots
 from actors.bench_replay import CELL as BENCH_CELL
 from actors.bench_replay import make_ledger
 from actors.cell import Cell, UnknownRules
 from actors.cell_snapshots import Beside, NoBeginning, Start, decode_stored, find_start, stored_parts
 from actors.control import Control
-from bus.contract import Record
+from bus.contract import Log, Record
 from bus.memory import MemoryBus, MemoryServer
 from bus.messages import DriverLost, FactEnvelope, RequestEnded, SaidEnvelope, decode_said, encode, kind_of
 from bus.messages.requests import ReplyTo
@@ -137,6 +138,25 @@ async def test_rules_that_are_not_known_are_not_followed() -> None:
     server.snapshots.recreate()
     with pytest.raises(NoBeginning, match="no snapshot"):
         await found(bus)
+
+
+async def test_a_start_that_snapshots_are_dropped_under_finds_those_which_came_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server, bus = a_server()
+    early = await store(bus, FACTS[100])
+    server.ledger.load([r for r in LEDGER if r.sequence >= early.position])
+    later: list[Manifest] = []
+    agree = cell_snapshots.agrees
+
+    async def slowly(ledger: Log, manifest: Manifest) -> bool:
+        if not later:
+            later.extend([await store(bus, FACTS[at]) for at in (200, 210, 220)])
+            assert (await bus.snapshots.usage()).first_sequence > early.last
+        return await agree(ledger, manifest)
+
+    monkeypatch.setattr(cell_snapshots, "agrees", slowly)
+    assert (await found(bus)).snapshot == later[-1]
 
 
 async def test_what_was_told_and_may_be_unshown_is_shown_after_a_start_from_a_snapshot() -> None:

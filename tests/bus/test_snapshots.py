@@ -9,8 +9,10 @@ import msgspec
 import pytest
 from bus_worlds import World
 
-from bus.contract import Bus
+from bus.contract import Bus, Record
+from bus.memory import MemoryServer
 from bus.snapshots import CHUNK_BYTES, KEPT, Manifest, SnapshotStore, Torn
+from bus.subjects import Subjects
 
 MANY_BYTES = random.Random(7).randbytes(5 * CHUNK_BYTES - 17)
 
@@ -39,6 +41,38 @@ async def test_many_megabytes_come_back_and_old_ones_are_dropped(world: World) -
             await store.read(written[0])
 
 
+async def test_an_old_one_is_given_up_only_when_enough_newer_ones_are_whole(world: World) -> None:
+    """A disk may lose a part of what was acknowledged: with torn ones alone nobody could start."""
+    async with world.running():
+        bus = await world.bus()
+        store = SnapshotStore(bus.snapshots, world.subjects)
+        old = await write(bus, world, 1, b"whole")
+        for position in range(2, 8):
+            chunk = await bus.snapshots.append(world.subjects.snapshot_chunk(f"{position}-w"), b"\0\0\0\0torn")
+            at = chunk.sequence
+            torn = msgspec.structs.replace(old, position=position, name=f"{position}-w", first=at, last=at)
+            await bus.snapshots.append(world.subjects.snapshot_manifest, msgspec.json.encode(torn))
+        later = [await write(bus, world, position, b"new") for position in (8, 9)]
+        assert await store.read(old) == b"whole", "of the three newest that are whole it is one"
+        later.append(await write(bus, world, 10, b"new"))
+        assert [one.position for one in await store.manifests()] == [10, 9, 8]
+        assert (await bus.snapshots.usage()).first_sequence == later[0].first
+
+
+async def test_one_that_the_disk_loses_a_part_of_is_not_said_to_be_stored() -> None:
+    for lost in ("chunk", "manifest"):
+        server = MemoryServer("c")
+
+        def lose(log: str, record: Record, lost: str = lost, server: MemoryServer = server) -> None:
+            if lost in record.subject:
+                server.snapshots.alter(record.sequence, record.payload[:-1])
+
+        server.observe(lose)
+        store = SnapshotStore(server.bus("w").snapshots, Subjects("c"))
+        with pytest.raises(Torn, match="does not come back"):
+            await store.write([b"state"], position=1, anchor="a", rules=1, facts=1, writer="w", at=5)
+
+
 async def test_two_writers_at_once_and_an_empty_one(world: World) -> None:
     async with world.running():
         bus, other = await world.bus(), await world.bus()
@@ -58,6 +92,7 @@ async def test_what_is_torn_altered_or_unknown_is_said_to_be_so(world: World) ->
         lies = [
             msgspec.structs.replace(torn, first=torn.first + 1),
             msgspec.structs.replace(torn, last=torn.last + 100),
+            msgspec.structs.replace(torn, last=torn.last + 1),
             msgspec.structs.replace(torn, bytes=7),
             msgspec.structs.replace(torn, chunks=10**9),
             msgspec.structs.replace(torn, digest="0" * 64),

@@ -18,10 +18,31 @@ from bus.contract import Appended, Bus, Record
 from bus.memory_stream import MemoryStream
 from bus.messages import FactEnvelope, SealTokens, SequencesSealed, encode, kind_of
 from bus.ordering import FactOrder, TakenFact, _read_body, _taken
+from bus.snapshots import KEPT, Manifest, SnapshotStore
 from bus.subjects import FactSubject, Subjects
 from models.stub import StubEngine
 
 Mutation = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+@contextlib.contextmanager
+def torn_snapshots_count() -> Iterator[None]:
+    """The oldest snapshot is dropped for three newer ones, whole or not."""
+
+    async def drop_old(self: SnapshotStore) -> list[Manifest]:
+        found = await self.manifests()
+        if len(found) >= KEPT:
+            await self._log.drop(min(manifest.first for manifest in found[:KEPT]))
+        return found
+
+    async def is_whole(self: SnapshotStore, manifest: Manifest) -> bool:
+        return True
+
+    with (
+        mock.patch.object(SnapshotStore, "_drop_old", drop_old),
+        mock.patch.object(SnapshotStore, "_is_whole", is_whole),
+    ):
+        yield
 
 
 def seal_does_nothing() -> contextlib.AbstractContextManager[Any]:

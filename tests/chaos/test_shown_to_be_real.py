@@ -23,6 +23,8 @@ DYING = {"disturbances": ("crash",), "disturb_every": 0.5, "odds": Odds()}
 LOSSY = {"disturbances": (), "odds": Odds(append_lost=0.05), "several": 0.0}
 UPGRADE = {"upgrade": True, "controls": 2, "servers": 2, "workers": 2, "memory_bytes": 1 << 20, "dram_bytes": 1 << 20,
            "requests": 60, "crash_at_record": 0.0, "odds": Odds()}  # fmt: skip
+TORN = {"generations": True, "snapshot_trouble": 0.25, "snapshot_facts": 4, "fault_seconds": 20.0, "requests": 60,
+        "disturbances": (), "odds": Odds()}  # fmt: skip
 CALM: dict[str, Any] = {"disturbances": (), "odds": Odds()}
 
 
@@ -35,6 +37,7 @@ CALM: dict[str, Any] = {"disturbances": (), "odds": Odds()}
         (mutations.nobody_rescues, Promise.ENDED_ONCE, CALM),
         (mutations.writers_are_not_fenced, Promise.SEALED, FROZEN),
         (mutations.pages_are_not_awaited, Promise.DURABLE_FIRST, CALM),
+        (mutations.torn_snapshots_count, Promise.CAN_START, TORN),
         (mutations.old_programs_go_on, Promise.REPLICAS_AGREE, UPGRADE),
     ],
     ids=lambda value: getattr(value, "__name__", None),
