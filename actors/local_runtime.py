@@ -14,10 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from actors.local_ahead import AheadModel
 from actors.worker_runtime import AttachRefused, EncodedPrompt, PromptRefused, StepResult, sampling_of
 from bus.messages import Generation, Input
 from bus.subjects import escape_model, unescape_model
 from loaders import CheckpointError, Manifest, load_checkpoint, open_checkpoint, read_manifest
+from loaders.arrival import Arrival, arrival_path
 from loaders.manifest import MANIFEST_NAME
 from loaders.shared_memory_tier import weights_directory
 from models.contract import Engine, Sampling, SequenceStart
@@ -29,6 +31,9 @@ from models.warming import warm_up
 RESET_SECONDS = 30.0
 IDLE_SECONDS = 0.5
 """A device counts as idle when it has computed nothing for so long."""
+ARRIVAL_SECONDS = 0.003
+EXPECTED_SECONDS = 60.0
+"""How often at first, and how long, is looked whether the weights of a model that is to start are on their way."""
 PREPARED_LIMIT = 8
 """Models that are prepared at most; most of one is its tokenizer, up to some tens of megabytes."""
 
@@ -42,7 +47,8 @@ class LocalRuntime:
     copies in shared memory, where the server has such.
 
     What can be done before a model is wanted is done while the device is idle (`keep_prepared`): an attach then only
-    maps the weights and puts them in their places.
+    maps the weights and puts them in their places. What is on its way to DRAM, as the store says in `arrivals`, is
+    begun ahead (`actors.local_ahead`).
 
     A thread that does not come back cannot be ended: after `RESET_SECONDS` of waiting for it `give_up` is called,
     which is to end the process.
@@ -54,10 +60,14 @@ class LocalRuntime:
         *,
         device: str = "cpu",
         dram: Path | None = None,
+        arrivals: Path | None = None,
         give_up: Callable[[], None] | None = None,
     ) -> None:
         self.device = device
         self._dram = dram
+        self._arrivals = arrivals
+        self._expected: dict[str, object] = {}
+        self._ahead: dict[str, AheadModel] = {}
         self._models = models
         self._give_up = give_up
         self._instances: dict[str, Instance] = {}
@@ -69,7 +79,14 @@ class LocalRuntime:
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encodes")
         self._mapping = ThreadPoolExecutor(1, thread_name_prefix="maps")
 
+    @property
+    def works_ahead(self) -> bool:
+        return self._arrivals is not None and self.device == "cpu"
+
     async def reset(self) -> None:
+        self._expected.clear()
+        for made in self._ahead.values():
+            made.interrupt()
         # Whatever a cancelled call left in the threads is over once these return.
         try:
             async with asyncio.timeout(RESET_SECONDS):
@@ -84,16 +101,39 @@ class LocalRuntime:
     async def attach(
         self, model: str, digest: str, *, slots: int, kv_bytes: int, context: int, streamed: bool = False
     ) -> Engine:
+        self._expected.pop(model, None)
         instance = await self._in(
             self._attaching, lambda: self._load(model, digest, slots, kv_bytes, context, streamed)
         )
         return instance.engine
 
+    async def begin_ahead(self, model: str, *, slots: int, kv_bytes: int, context: int) -> AheadModel | None:
+        if self._arrivals is None or not self.works_ahead:
+            return None
+        expected = self._expected[model] = object()
+        arrival = await self._arrival(arrival_path(self._arrivals, escape_model(model)), model, expected)
+        if arrival is None:
+            return None
+        return await self._in(self._attaching, lambda: self._begin(model, arrival, slots, kv_bytes, context))
+
+    async def _arrival(self, path: Path, model: str, expected: object) -> Arrival | None:
+        began = time.monotonic()
+        try:
+            while self._expected.get(model) is expected and (waited := time.monotonic() - began) < EXPECTED_SECONDS:
+                found = Arrival.find(path)
+                if found is not None:
+                    return found
+                await asyncio.sleep(ARRIVAL_SECONDS + waited / 100)
+            return None
+        finally:
+            if self._expected.get(model) is expected:
+                del self._expected[model]
+
     async def detach(self, model: str) -> None:
         await self._in(self._computing, lambda: self._close(model))
 
     async def encode(self, model: str, generation: Generation) -> EncodedPrompt:
-        return await self._in(self._encoding, lambda: self._encode(model, generation))
+        return await self._in(self._encoding, lambda: self._encode(model, self._instances.get(model), generation))
 
     async def texts(self, model: str, start: SequenceStart) -> tuple[str, ...]:
         return await self._in(self._encoding, lambda: self._texts(model, start))
@@ -106,7 +146,7 @@ class LocalRuntime:
         await self._in(self._computing, warm_up)
         while True:
             await asyncio.sleep(IDLE_SECONDS)
-            while time.monotonic() - self._stepped_at > IDLE_SECONDS:
+            while time.monotonic() - self._stepped_at > IDLE_SECONDS and not self._ahead:
                 if not await self._in(self._attaching, self._prepare_one):
                     break
 
@@ -124,7 +164,50 @@ class LocalRuntime:
 
     # ---- in a thread ------------------------------------------------------------------------------------------
 
+    def _begin(self, model: str, arrival: Arrival, slots: int, kv_bytes: int, context: int) -> AheadModel | None:
+        """Whatever goes wrong here is told by the attach, if there is one."""
+        if model in self._instances:
+            arrival.close()
+            return None
+        try:
+            made = AheadModel(
+                self._models / escape_model(model),
+                arrival,
+                self._prepared.pop(model, None),
+                slots=slots,
+                kv_bytes=kv_bytes,
+                context=context,
+                threads=self._computing,
+                encode=lambda instance, generation: self._in(
+                    self._encoding, lambda: self._encode(model, instance, generation)
+                ),
+                let_go=lambda one: self._let_go(model, one),
+            )
+        except Exception as error:  # a checkpoint of others' making
+            arrival.close()
+            logger.info("%s is not begun ahead: %s", model, _line(error))
+            return None
+        self._ahead[model] = made
+        return made
+
+    def _let_go(self, model: str, made: AheadModel) -> bool:
+        if self._ahead.get(model) is not made:
+            return False
+        del self._ahead[model]
+        self._computing.submit(made.close)
+        return True
+
     def _load(self, model: str, digest: str, slots: int, kv_bytes: int, context: int, streamed: bool) -> Instance:
+        made = self._ahead.pop(model, None)
+        if made is not None and not streamed and made.fits(digest, slots, kv_bytes, context):
+            try:
+                instance = self._instances[model] = made.take()
+                return instance
+            except CheckpointError as error:
+                logger.warning("%s is attached anew: %s", model, error)
+        if made is not None:
+            made.interrupt()
+            self._computing.submit(made.close)
         try:
             directory = self._models / escape_model(model)
             if self._dram is not None and not streamed:
@@ -197,9 +280,10 @@ class LocalRuntime:
     def _close_all(self) -> None:
         for model in list(self._instances):
             self._close(model)
+        while self._ahead:
+            self._ahead.popitem()[1].close()
 
-    def _encode(self, model: str, generation: Generation) -> EncodedPrompt:
-        instance = self._instances.get(model)
+    def _encode(self, model: str, instance: Instance | None, generation: Generation) -> EncodedPrompt:
         if instance is None:
             raise AttachRefused(f"{model} is not attached here any more", retry=True)
         try:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from actors.model_sources import fetch_model, find_at_source, read_source
@@ -20,6 +21,8 @@ from actors.store_driver import Loaded, StorageFailed
 from bus.messages import HeldModel, ModelCard, Tier
 from bus.subjects import escape_model, unescape_model
 from loaders import CheckpointError, Manifest, read_manifest
+from loaders.arrival import Announcement, arrival_path
+from loaders.arrival import remove_leftovers as remove_leftovers_of_arrivals
 from loaders.dram_tier import DramTier
 from loaders.errors import DestinationBusy, NoRoom
 from loaders.page_cache_tier import PageCacheTier
@@ -40,10 +43,21 @@ class LocalStorage:
     """Obeys `actors.store_driver.Storage`. `context_limit` bounds the context that a model is run with.
 
     `tier` is the page cache, without a memory of what another process brought there, unless another one is given.
+    `arrivals` is a folder of its own, where workers find what is on its way (`loaders.arrival`); None: nobody is told.
     """
 
-    def __init__(self, directory: Path, *, context_limit: int = DEFAULT_CONTEXT, tier: DramTier | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        context_limit: int = DEFAULT_CONTEXT,
+        tier: DramTier | None = None,
+        arrivals: Path | None = None,
+    ) -> None:
         self._directory = directory
+        self._arrivals = arrivals
+        if arrivals is not None:
+            remove_leftovers_of_arrivals(arrivals)
         self._context_limit = context_limit
         self._tier: DramTier = tier or PageCacheTier(None)
         self._precedence = Precedence()
@@ -154,8 +168,8 @@ class LocalStorage:
         if card.digest != digest:
             raise StorageFailed(f"the weights of {model} on this server are not the ones that were placed", gone=True)
         try:
-            with self._precedence.turn("disk", urgent=urgent) as turn:
-                self._tier.bring(self._path(model), before=lambda: _wait(turn.wait, stop))
+            with self._precedence.turn("disk", urgent=urgent) as turn, self._told(model, digest) as told:
+                self._tier.bring(self._path(model), before=lambda: _wait(turn.wait, stop), told=told)
         except NoRoom as error:
             raise StorageFailed(str(error)) from error
         except CheckpointError as error:
@@ -168,6 +182,17 @@ class LocalStorage:
         except OSError as error:
             raise StorageFailed(f"{model} cannot be read: {error.strerror or error}") from error
         return Loaded(card.weight_bytes, "ssd")
+
+    @contextmanager
+    def _told(self, model: str, digest: str) -> Iterator[Announcement]:
+        """Workers hear how far a load has come while the block lasts, and how it ended."""
+        path = arrival_path(self._arrivals, escape_model(model)) if self._arrivals is not None else None
+        told, whole = Announcement(path, digest), False
+        try:
+            yield told
+            whole = True
+        finally:
+            told.end(whole=whole)
 
     def _load_from_sources(self, model: str, digest: str, sources: tuple[str, ...], urgent: bool, stop: Stop) -> Loaded:
         with self._precedence.turn("network", urgent=urgent) as turn:

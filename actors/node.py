@@ -86,10 +86,16 @@ class NodeOptions:
     ssd_bytes: int = 0
     serve_models: str = ""
     catch_up: bool = True
+    start_early: bool = True
 
     @property
     def models(self) -> Path:
         return self.data / "models"
+
+    @property
+    def arrivals(self) -> Path:
+        """Where the store tells its workers what it is bringing to DRAM."""
+        return self.data / f"arriving-{self.server}"
 
 
 async def run_node(options: NodeOptions) -> None:
@@ -102,7 +108,7 @@ async def run_node(options: NodeOptions) -> None:
         loop.add_signal_handler(number, ending.set)
     served = ModelServer(options.models, options.serve_models) if options.serve_models else None
     tier = await asyncio.to_thread(_choose_tier, options)
-    storage = LocalStorage(options.models, context_limit=options.context, tier=tier)
+    storage = LocalStorage(options.models, context_limit=options.context, tier=tier, arrivals=options.arrivals)
     driver = StoreDriver(
         options.server,
         dram_bytes=options.dram_bytes,
@@ -227,6 +233,7 @@ def worker_settings(options: NodeOptions, index: int, dram: Path | None = None) 
         index=index,
         models=str(options.models),
         dram=str(dram or ""),
+        arrivals=str(options.arrivals) if options.start_early else "",
         memory_bytes=options.memory_bytes,
         max_slots=options.slots,
         device=f"cuda:{index}" if options.device == "cuda" else options.device,

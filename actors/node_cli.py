@@ -72,6 +72,10 @@ def node(
         bool,
         typer.Option("--catch-up/--no-catch-up", hidden=True, help="No: what moves here stops first; for benches."),
     ] = True,
+    start_early: Annotated[
+        bool,
+        typer.Option("--start-early/--no-start-early", hidden=True, help="No: models begin when all is in DRAM."),
+    ] = True,
 ) -> None:
     """Run one server of a cell: its storage tiers and its workers, restarted when they die.
 
@@ -106,6 +110,7 @@ def node(
         ssd_bytes=parse_size(ssd, "--ssd") if ssd else 0,
         serve_models=serve_models,
         catch_up=catch_up,
+        start_early=start_early,
     )
     _make_models_directory(options.models)
     configure_logs(as_json=log_json, process=f"node {server}")

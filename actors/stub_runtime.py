@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from actors.worker_runtime import AttachRefused, EncodedPrompt, StepResult, sampling_of
+from actors.worker_runtime import AheadModel, AttachRefused, EncodedPrompt, StepResult, sampling_of
 from bus.messages import Generation
 from models.contract import Engine, Sampling, SequenceStart
 from models.stub import StubEngine, stub_texts
@@ -21,6 +21,7 @@ class StubRuntime:
     """
 
     device = "stub"
+    works_ahead = False
 
     def __init__(
         self,
@@ -58,6 +59,9 @@ class StubRuntime:
         )
         self.engines[model] = engine
         return engine
+
+    async def begin_ahead(self, model: str, *, slots: int, kv_bytes: int, context: int) -> AheadModel | None:
+        return None
 
     async def detach(self, model: str) -> None:
         self.engines.pop(model, None)

@@ -20,10 +20,11 @@ from typing import Any
 from actors.driver import FACTS_IN_FLIGHT, Epoch
 from actors.driver_core import Effect, EpochOver
 from actors.token_writer import Fenced, TokenWriter
+from actors.worker_ahead import WorkAhead
 from actors.worker_following import Followers
 from actors.worker_preparing import Preparing
 from actors.worker_prompts import NotKept, Prompts
-from actors.worker_runtime import AttachRefused, PromptRefused, StepResult, WorkerRuntime
+from actors.worker_runtime import AheadModel, AttachRefused, PromptRefused, StepResult, WorkerRuntime
 from actors.worker_sequences import Batch, HeldSequence, ReplyReader, Stop, split_pages
 from actors.worker_showing import Showing
 from bus.contract import Bus
@@ -134,6 +135,8 @@ class _Work:
         self._pages = 0
         self._progress_at = self._now()
         self._preparing = Preparing(prompts, runtime, self._engines)
+        wake = self._compute_wanted.set
+        self._ahead = WorkAhead(bus.ledger, subjects, name, prompts, runtime, self._tasks, wake)
         self._followers = Followers(
             epoch,
             bus.tokens,
@@ -151,6 +154,8 @@ class _Work:
             self._tasks.start(self._obey(), "obeys")
             self._tasks.start(self._compute(), "computes")
             self._tasks.start(self._make_durable(), "makes durable")
+            if self._runtime.works_ahead:
+                self._tasks.start(self._ahead.listen(), "begins ahead")
             await self._tasks.wait()
         finally:
             await self._tasks.stop()
@@ -289,9 +294,34 @@ class _Work:
                 self._batch = batch
                 self._batch_taken.clear()
                 self._durable_wanted.set()
+            elif not engines and (ahead := self._ahead.next) is not None:
+                await self._compute_ahead(*ahead)
             elif not engines:
                 await self._compute_wanted.wait()
                 self._compute_wanted.clear()
+
+    async def _compute_ahead(self, model: str, made: AheadModel) -> None:
+        """A step of what is not attached yet; whatever else is to be computed interrupts it."""
+        step = asyncio.ensure_future(made.step())
+        wanted = asyncio.ensure_future(self._compute_wanted.wait())
+        try:
+            while not step.done():
+                await asyncio.wait([step, wanted], return_when=asyncio.FIRST_COMPLETED)
+                if wanted.done() and not step.done():
+                    self._compute_wanted.clear()
+                    if self._others_want(model):
+                        made.interrupt()
+                    wanted = asyncio.ensure_future(self._compute_wanted.wait())
+            await step
+        finally:
+            wanted.cancel()
+            made.interrupt()
+
+    def _others_want(self, model: str) -> bool:
+        """Whether anything but a sequence of this model waits for the computing thread."""
+        held = any(one.stopping and one.effect.model != model for one in self._held.values())
+        admitted = any(one.effect.model != model for one in self._admission)
+        return bool(self._detaching) or held or admitted or self._followers.any
 
     async def _stop(self, batch: Batch) -> None:
         """Sequences that are to end now leave their engine; a page says why."""

@@ -182,6 +182,11 @@ class Followers:
             self._forget(followed, "it is to be forgotten")
         self._state(SequenceDropped(message.request, message.attempt), number)
 
+    @property
+    def any(self) -> bool:
+        """Whether anything is followed here."""
+        return bool(self._followed)
+
     def fail(self, model: str, reason: str) -> None:
         """The engine of this model is gone, or broke: what it held of others is refused."""
         for followed in [one for one in self._followed.values() if one.effect.model == model]:

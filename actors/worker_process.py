@@ -59,6 +59,7 @@ async def serve_worker(settings: WorkerSettings, beat: Beat) -> None:
         Path(settings.models),
         device=settings.device,
         dram=Path(settings.dram) if settings.dram else None,
+        arrivals=Path(settings.arrivals) if settings.arrivals else None,
         give_up=give_up,
     )
     bus = await JetStreamBus.connect(settings.nats, settings.cell, name=f"longshore {name}")

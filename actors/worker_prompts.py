@@ -63,6 +63,13 @@ class Prompts:
             raise NotKept(f"ledger sequence {start.accepted} does not hold request {start.request}")
         return fact.generation
 
+    async def asked(self, sequence: int, model: str) -> Generation | None:
+        """What the request asks for that was accepted there, if one for this model was. Raises `NotKept`."""
+        fact = await self._fact(sequence)
+        if not isinstance(fact, RequestAccepted) or fact.model != model:
+            return None
+        return await self.assembled(fact.generation)
+
     async def assembled(self, generation: Generation) -> Generation:
         """The same with its prompt in the place of parts. Raises `NotKept` where they are missing or make no prompt."""
         cited = generation.parts

@@ -56,6 +56,38 @@ class StepResult(NamedTuple):
     error: str = ""
 
 
+class AheadModel(Protocol):
+    """A model that is made ready while its weights are on their way to DRAM. It becomes an instance by `attach` alone.
+
+    `foresee` and `step` may not run at the same time; the event loop stays free while they do.
+    """
+
+    async def foresee(self, generation: Generation) -> bool:
+        """This will probably be asked; whether `step` can do something about it. Raises `PromptRefused`."""
+        ...
+
+    @property
+    def wants_step(self) -> bool:
+        """Whether there is something to compute, as far as the weights are there or still come."""
+        ...
+
+    async def step(self) -> None:
+        """Compute, waiting for weights that are on their way. Ends without a result when it is interrupted."""
+        ...
+
+    def interrupt(self) -> None:
+        """Somebody else wants to compute: the step that is under way ends at its next layer, and is begun anew."""
+        ...
+
+    async def arrived(self) -> bool:
+        """Until the load is over; whether everything is in DRAM."""
+        ...
+
+    def drop(self) -> None:
+        """It is not wanted, unless it was attached: then this does nothing to it."""
+        ...
+
+
 class WorkerRuntime(Protocol):
     """Engines of one device. Between two calls of `step` the engines belong to the caller.
 
@@ -66,6 +98,11 @@ class WorkerRuntime(Protocol):
     @property
     def device(self) -> str: ...
 
+    @property
+    def works_ahead(self) -> bool:
+        """Whether `begin_ahead` may ever return something."""
+        ...
+
     async def reset(self) -> None:
         """Let go of every model, as if just made."""
         ...
@@ -74,6 +111,13 @@ class WorkerRuntime(Protocol):
         self, model: str, digest: str, *, slots: int, kv_bytes: int, context: int, streamed: bool = False
     ) -> Engine:
         """Make a model computable that lies in DRAM, or is read from the SSD if `streamed`. Raises `AttachRefused`."""
+        ...
+
+    async def begin_ahead(self, model: str, *, slots: int, kv_bytes: int, context: int) -> AheadModel | None:
+        """Wait until the weights of a model that is to be attached are on their way to DRAM, and begin with it.
+
+        None where they do not come that way, or it was attached meanwhile.
+        """
         ...
 
     async def detach(self, model: str) -> None:

@@ -25,6 +25,8 @@ class WorkerSettings:
     max_slots: int
     dram: str = ""
     """Where their copies in shared memory lie; empty for none."""
+    arrivals: str = ""
+    """Where the node's store tells what it is bringing to DRAM; empty for nowhere."""
     device: str = "cpu"
     threads: int = 1
     log_json: bool = False

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
+from loaders.arrival import Announcement
 from loaders.doctor import examine_memory
 from loaders.errors import CheckpointError
 from loaders.page_cache_tier import PageCacheTier
@@ -38,8 +39,12 @@ class DramTier(Protocol):
         """Where workers find models by `shared_memory_tier.key_of`; None: in the packed directories themselves."""
         ...
 
-    def bring(self, directory: Path, *, before: Callable[[], None] | None = None) -> int:
-        """Every byte is in memory and checked when this returns; how many. `before` is called before each chunk.
+    def bring(
+        self, directory: Path, *, before: Callable[[], None] | None = None, told: Announcement | None = None
+    ) -> int:
+        """Every byte is in memory and checked when this returns; how many. `before` is called before each chunk, `told`
+        hears which file the bytes come to and of every chunk, unless all of it is there already; its end is the
+        caller's.
 
         Raises CheckpointError for what is damaged, `NoRoom` where memory does not suffice.
         """

@@ -50,15 +50,18 @@ class PageKind:
 
 
 class FileMapping:
-    """`memory` is the whole file, read-only. The mapping lives as long as anything refers to `memory`, whatever else
-    is closed.
+    """`memory` is the whole file, or its first `size` bytes, read-only. The mapping lives as long as anything refers to
+    `memory`, whatever else is closed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, size: int | None = None) -> None:
         descriptor = open_regular(path)
         try:
             self.path = path
             self.bytes = os.fstat(descriptor).st_size
+            if size is not None and self.bytes < size:
+                raise CheckpointError(f"{path} has {self.bytes} bytes of {size}")
+            self.bytes = self.bytes if size is None else size
             if not self.bytes:
                 raise CheckpointError(f"{path} is empty")
             mapped = mmap.mmap(descriptor, self.bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from loaders.arrival import Announcement
 from loaders.errors import CheckpointError
 from loaders.manifest import read_manifest
 from loaders.mapping import FileMapping, LockRefused, cached_bytes
@@ -54,9 +55,11 @@ class PageCacheTier:
         locked = f"not locked: {self._refused}" if self._refused else "locked in memory"
         return f"the page cache of the packed files, {locked}"
 
-    def bring(self, directory: Path, *, before: Callable[[], None] | None = None) -> int:
+    def bring(
+        self, directory: Path, *, before: Callable[[], None] | None = None, told: Announcement | None = None
+    ) -> int:
         digest = read_manifest(directory).digest
-        report = populate_checkpoint(directory, verify=True, before=before)
+        report = populate_checkpoint(directory, verify=True, before=before, told=told)
         self._keep(directory, digest)
         return report.bytes
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from loaders.arrival import Announcement
 from loaders.direct import LargeFile, best_way
 from loaders.errors import CheckpointError, NoRoom
 from loaders.manifest import MANIFEST_NAME, Manifest, read_manifest
@@ -97,7 +98,9 @@ class SharedMemoryTier:
         locked = f"not locked: {self._refused}" if self._refused else "nothing can push it out"
         return f"shared memory below {self._root}, {pages}, {locked}"
 
-    def bring(self, directory: Path, *, before: Callable[[], None] | None = None) -> int:
+    def bring(
+        self, directory: Path, *, before: Callable[[], None] | None = None, told: Announcement | None = None
+    ) -> int:
         manifest = read_manifest(directory)
         key = key_of(manifest)
         with self._lock:
@@ -106,7 +109,7 @@ class SharedMemoryTier:
             self.release(directory)  # another packing lies there by now
         with self._filling:  # so that the room that was found is not given away twice
             if not (self._root / key).is_dir():
-                self._fill(directory, manifest, before)
+                self._fill(directory, manifest, before, told)
         self._keep(directory, key)
         return manifest.bytes
 
@@ -153,13 +156,15 @@ class SharedMemoryTier:
 
     # ---- filling ----------------------------------------------------------------------------------------------
 
-    def _fill(self, directory: Path, manifest: Manifest, before: Callable[[], None] | None) -> None:
+    def _fill(
+        self, directory: Path, manifest: Manifest, before: Callable[[], None] | None, told: Announcement | None
+    ) -> None:
         plan = plan_load(directory, verify=True)
         self._wait_for_room(directory, plan.memory_bytes + sum(file.bytes for file in manifest.files.values()))
         temporary = self._root / f".{key_of(manifest)}.{next(self._numbers)}.loading"
         temporary.mkdir()
         try:
-            self._copy_weights(plan, manifest, temporary / WEIGHTS_NAME, before)
+            self._copy_weights(plan, manifest, temporary / WEIGHTS_NAME, before, told)
             for name in (*manifest.files, MANIFEST_NAME):
                 (temporary / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(directory / name, temporary / name)
@@ -181,7 +186,14 @@ class SharedMemoryTier:
                 )
             time.sleep(0.05)
 
-    def _copy_weights(self, plan: LoadPlan, manifest: Manifest, path: Path, before: Callable[[], None] | None) -> None:
+    def _copy_weights(
+        self,
+        plan: LoadPlan,
+        manifest: Manifest,
+        path: Path,
+        before: Callable[[], None] | None,
+        told: Announcement | None,
+    ) -> None:
         source = LargeFile(plan.files[0], best_way(plan.files[0]))
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
@@ -194,7 +206,9 @@ class SharedMemoryTier:
         want_huge_pages(address, len(target))
         head = manifest.bytes - sum(piece.count for piece in plan.pieces)
         memory = memoryview(target)
-        work = functools.partial(self._copy, plan, source, memory, address, before)
+        if told is not None:
+            told.begin(path, len(plan.pieces))
+        work = functools.partial(self._copy, plan, source, memory, address, before, told)
         try:
             populate_pages(address, head)
             source.read(memory, 0, head)
@@ -214,6 +228,7 @@ class SharedMemoryTier:
         memory: memoryview,
         address: int,
         before: Callable[[], None] | None,
+        told: Announcement | None,
         index: int,
     ) -> None:
         if before is not None:
@@ -229,6 +244,8 @@ class SharedMemoryTier:
                 f"{source.path}: {plan.describe(index)} is damaged (its checksum differs); pack or copy the checkpoint "
                 "again"
             )
+        if told is not None:
+            told.arrived(index)
 
     def _keep(self, directory: Path, key: str) -> None:
         mapping = FileMapping(self._root / key / WEIGHTS_NAME)

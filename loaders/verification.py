@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from loaders.arrival import Announcement
 from loaders.errors import CheckpointError, enumerate_some
 from loaders.manifest import Manifest, check_agreement, check_companions, read_manifest
 from loaders.mapping import FileMapping, drop_from_memory
@@ -52,25 +53,33 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def populate_checkpoint(
-    directory: Path, *, verify: bool = True, progress: Progress | None = None, before: Before | None = None
+    directory: Path,
+    *,
+    verify: bool = True,
+    progress: Progress | None = None,
+    before: Before | None = None,
+    told: Announcement | None = None,
 ) -> Report:
     """Brings model.safetensors into the page cache and checks every chunk, the header and the files beside it.
 
     Afterwards any process attaches with `open_checkpoint(directory, verify=False, populate=False)`. Raises
     CheckpointError with the damaged chunks and their tensors. `progress(bytes done, bytes in all)` is called from
-    this thread, `before()` by each thread before its next chunk: it may wait, and what it raises ends all. Does not
-    import torch.
+    this thread, `before()` by each thread before its next chunk: it may wait, and what it raises ends all. `told` hears
+    of every chunk that is there and checked. Does not import torch.
     """
     started = time.perf_counter()
     directory = Path(directory)
     _, packed, mapping = attach(directory, check_files=verify)
     header_seconds = time.perf_counter() - started
+    if told is not None:
+        told.begin(mapping.path, len(packed.checksums))
     return bring_in(
         mapping,
         packed,
         verify=verify,
         progress=progress,
         before=before,
+        told=told if verify else None,
         started=started,
         header_seconds=header_seconds,
     )
@@ -119,6 +128,7 @@ def bring_in(
     verify: bool,
     progress: Progress | None,
     before: Before | None = None,
+    told: Announcement | None = None,
     started: float,
     header_seconds: float,
 ) -> Report:
@@ -138,6 +148,8 @@ def bring_in(
         if not verify:
             return True, populated - begun, 0.0
         whole = checksum_of(mapping.memory[data_start + begin : data_start + end]) == packed.checksums[chunk]
+        if whole and told is not None:
+            told.arrived(chunk)
         return whole, populated - begun, time.perf_counter() - populated
 
     chunks = len(packed.checksums)

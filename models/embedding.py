@@ -19,7 +19,7 @@ import torch
 
 from models.architecture import describe_encoder
 from models.contract import AdmissionRefused, Engine, Event, SequenceStart, VectorEvent, check_inputs
-from models.engine import DEFAULT_PREFILL_CHUNK
+from models.engine import DEFAULT_PREFILL_CHUNK, SlotEngine
 from models.errors import ModelError
 from models.pooling import Pooling
 
@@ -135,6 +135,16 @@ class EmbeddingEngine:
             raise AdmissionRefused(f"{self._name} makes embeddings and no text: ask it for these.")
         else:
             self.decoder.admit(start)
+
+    def foresee(self, prompt: tuple[int, ...]) -> bool:
+        """See `models.engine.SlotEngine`; False where there is no decoder, or it would refuse this prompt."""
+        try:
+            if isinstance(self.decoder, SlotEngine):
+                self.decoder.foresee(prompt)
+                return True
+        except AdmissionRefused:
+            pass
+        return False
 
     def cancel(self, key: str) -> bool:
         """Free the slot of this sequence now; False if it is not here."""

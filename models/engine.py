@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from models.architecture import Architecture
-from models.contract import AdmissionRefused, SequenceStart, TokenEvent, check_start
+from models.contract import AdmissionRefused, Sampling, SequenceStart, TokenEvent, check_start
 from models.detokenizer import Decode
 from models.errors import ModelError
 from models.likelihood import Likelihood, measure
@@ -26,6 +26,8 @@ from models.slot_cache import SlotCache, bytes_per_token
 
 DEFAULT_PREFILL_CHUNK = 256
 DEFAULT_IDLE_CHUNKS = 4
+FORESEEN = "foreseen"
+"""The key of a prompt that nobody asked yet; those of sequences have a slash."""
 SHARED_AT_LEAST = 32
 """Tokens of a common beginning that are worth a copy of the cache."""
 
@@ -80,12 +82,25 @@ class SlotEngine:
         """Reserve a slot; raises AdmissionRefused. Computes nothing."""
         if start.key in self._by_key:
             raise AdmissionRefused(f"Sequence {start.key!r} is here already.")
-        if len(self._by_key) >= self.slots:
+        if self.active() >= self.slots:
             raise AdmissionRefused(f"All {self.slots} KV slots are taken: wait until a sequence ends.")
         check_start(start, context=self.context, vocabulary=self._vocabulary)
-        slot = self._rows.index(None, self._decoding)
+        foreseen = self._by_key.get(FORESEEN)
+        if foreseen is not None:
+            self._leave(foreseen)
+        slot = foreseen.slot if foreseen is not None else self._rows.index(None, self._decoding)
         sequence = Sequence(start, slot, self._decode_text, self._eos, self.context)
+        if foreseen is not None:
+            sequence.inherit(foreseen)
         self._rows[slot] = self._by_key[start.key] = sequence
+
+    def foresee(self, prompt: tuple[int, ...]) -> None:
+        """Steps compute the cache of this prompt, which will probably be asked. The first sequence that is admitted,
+        be it another one, gets its slot, with what is computed of its own beginning. Only in an engine that has no
+        sequence; raises AdmissionRefused.
+        """
+        assert not self._by_key, "what is foreseen yields to every sequence"
+        self.admit(SequenceStart(FORESEEN, prompt, (), Sampling(max_tokens=1), held=True))
 
     def cancel(self, key: str) -> bool:
         """Free the slot of this sequence now; False if it is not here."""
@@ -97,7 +112,7 @@ class SlotEngine:
 
     def active(self) -> int:
         """Sequences that hold a slot."""
-        return len(self._by_key)
+        return len(self._by_key) - (FORESEEN in self._by_key)
 
     def busy(self) -> bool:
         """Whether a step has something to compute."""

@@ -66,6 +66,15 @@ class Sequence:
         """Tokens that are not in the cache yet; 1 while it decodes."""
         return len(self.tokens) - self.cached
 
+    def inherit(self, other: Sequence) -> None:
+        """Take over the slot of another sequence, which has said nothing, with what its cache has of this one."""
+        if other.poisoned:
+            return
+        if other.tokens == self.tokens and other.logits is not None:
+            self.cached, self.logits = other.cached, other.logits
+        else:
+            self.cached = common_prefix(other.tokens, self.tokens, max(0, min(other.cached, len(self.tokens) - 1)))
+
     def extend(self, tokens: Iterable[int]) -> None:
         """Tokens of the answer that another engine made."""
         self.replay()

@@ -21,10 +21,11 @@ import pytest
 import transformers
 
 from loaders import CheckpointError, open_checkpoint, pack_checkpoint, read_manifest
+from loaders.arrival import Announcement, Arrival
 from loaders.dram_tier import DramTier, choose_tier
 from loaders.errors import NoRoom
 from loaders.mapping import FileMapping, drop_from_memory
-from loaders.packed import WEIGHTS_NAME
+from loaders.packed import WEIGHTS_NAME, checksum_of, read_packed_header
 from loaders.page_cache_tier import PageCacheTier
 from loaders.room import Room
 from loaders.shared_memory_tier import SharedMemoryTier, huge_pages_in, weights_directory
@@ -178,6 +179,49 @@ def test_damage_is_found_and_leaves_nothing_behind(make: Make, packed: Path) -> 
         tier.bring(packed)
     assert not tier.holds(packed)
     assert tier.weights_root is None or list(tier.weights_root.iterdir()) == []
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_every_chunk_is_told_once_it_is_there_and_checked(
+    make: Make, packed: Path, tmp_path: Path, damaged: bool
+) -> None:
+    if damaged:
+        with (packed / WEIGHTS_NAME).open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([byte[0] ^ 1]))
+    tier, told = make(), Announcement(tmp_path / "told", "d")
+    seen: list[Arrival] = []
+
+    def before() -> None:
+        found = seen[0] if seen else Arrival.find(tmp_path / "told")
+        assert found is not None
+        seen[:] = [found]
+        with found.weights.open("rb") as weights:
+            header = read_packed_header(packed / WEIGHTS_NAME)
+            for chunk in range(found.chunks):
+                if found.has(chunk, chunk + 1):
+                    begin, end = header.chunk_span(chunk)
+                    weights.seek(header.header.data_start + begin)
+                    assert checksum_of(weights.read(end - begin)) == header.checksums[chunk]
+
+    try:
+        tier.bring(packed, before=before, told=told)
+    except CheckpointError:
+        assert damaged
+    (found,) = seen
+    chunks = found.chunks
+    assert chunks >= 3
+    assert found.has(0, chunks - 1) or damaged
+    assert found.has(chunks - 1, chunks) is not damaged
+    told.end(whole=not damaged)
+    assert found.here is not damaged
+    if not damaged:
+        opened = (place(tier, packed) / WEIGHTS_NAME).stat().st_ino
+        again = Announcement(tmp_path / "told", "d")
+        tier.bring(packed, told=again)
+        assert (place(tier, packed) / WEIGHTS_NAME).stat().st_ino == opened
 
 
 def test_workers_share_the_pages(make: Make, packed: Path) -> None:

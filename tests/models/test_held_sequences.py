@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from engine_support import ANSWER, Loaded, greedy, run
 
-from models.contract import Sampling, SequenceStart, TokenEvent
+from models.contract import AdmissionRefused, Sampling, SequenceStart, TokenEvent
 
 SHAPES = {
     "llama": {},
@@ -138,3 +138,51 @@ def test_who_is_up_to_date_answers_without_a_forward_pass(loaded):
     hook.remove()
     assert [event.token for event in (*first, *second)] == answer[2:4]
     assert len(passes) == 1
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_a_prompt_that_was_foreseen_is_answered_as_any_other(loaded, slots):
+    model = loaded("llama")
+    one, other = tuple(range(8, 48)), model.prompts(seed=4, count=1, longest=60)[0]
+    shared = one[: len(one) // 2] + other
+    for start in (
+        greedy("one", one),
+        SequenceStart("shaped", one, (), SHAPED),
+        greedy("other", other),
+        greedy("shared", shared),
+        greedy("part", one[:-1]),
+        replace(greedy("again", one), generated=tuple(model.reference(one)[:3])),
+    ):
+        expected = undisturbed(model, [start])[start.key]
+        for computed in (0, 1, 99):
+            engine = model.engine(max_slots=slots)
+            engine.foresee(one)
+            assert not engine.active()
+            for _ in range(computed):
+                assert engine.step() == []
+            assert engine.busy() is (computed < 99)
+            engine.admit(start)
+            assert engine.active() == 1
+            said = run(engine)[start.key]
+            assert [(e.position, e.token, e.text, e.end) for e in said] == [
+                (e.position, e.token, e.text, e.end) for e in expected
+            ]
+            assert engine._rows == [None] * slots
+
+
+def test_what_was_foreseen_costs_no_second_prefill_and_no_slot(loaded):
+    model = loaded("llama")
+    prompt = model.prompts(seed=6, count=1)[0]
+    engine = model.engine(max_slots=2)
+    engine.foresee(prompt)
+    while engine.busy():
+        assert engine.step() == []
+    passes = []
+    hook = engine._model.register_forward_hook(lambda *_: passes.append(1))
+    engine.admit(greedy("one", prompt))
+    (first,) = engine.step()
+    hook.remove()
+    assert not passes and first.token == model.reference(prompt)[0]
+    engine.admit(greedy("two", prompt))
+    with pytest.raises(AdmissionRefused):
+        engine.admit(greedy("three", prompt))

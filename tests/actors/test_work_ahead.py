@@ -1,0 +1,251 @@
+"""A model that computes while it is on its way to DRAM: the same answers, and failures as if it had not been begun.
+
+A worker, a store and a real cell on the bus in memory, with files and engines that are real; the store reads as many
+chunks as a test lets it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import shutil
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from tiny_control import Listener, TinyControl
+
+from actors.driver import DriverShell
+from actors.local_runtime import LocalRuntime
+from actors.local_storage import LocalStorage
+from actors.rules import KNOWN_RULES
+from actors.store_driver import StoreDriver
+from actors.worker_driver import WorkerDriver
+from bus.memory import MemoryServer
+from bus.messages import (
+    CancelRequested,
+    Generation,
+    LoadFailed,
+    ModelAttached,
+    ModelLoaded,
+    RequestEnded,
+    RulesActivated,
+    ServerReady,
+    StartSequence,
+    WorkerReady,
+)
+from loaders import pack_checkpoint
+from loaders.arrival import Announcement
+from loaders.packed import WEIGHTS_NAME
+from loaders.page_cache_tier import PageCacheTier
+from models.sample import make_sample
+
+PROMPT = "The harbour was quiet " * 4
+ASKED = Generation(6, prompt=PROMPT, temperature=0.0)
+
+
+class SlowTier(PageCacheTier):
+    """Brings as many chunks as it was permitted to."""
+
+    def __init__(self, state: Path) -> None:
+        super().__init__(state)
+        self.permits = threading.Semaphore(0)
+
+    def bring(
+        self, directory: Path, *, before: Callable[[], None] | None = None, told: Announcement | None = None
+    ) -> int:
+        def permitted() -> None:
+            while not self.permits.acquire(timeout=0.002):
+                assert before is not None
+                before()
+
+        return super().bring(directory, before=permitted, told=told)
+
+
+class World:
+    """One server with one worker and its control."""
+
+    def __init__(self, folder: Path, *, ahead: bool = True) -> None:
+        server = MemoryServer("main")
+        self.control = TinyControl(server.bus("control"))
+        self.client = server.bus("client")
+        arrivals = folder / "arriving"
+        self.tier = SlowTier(folder / "state")
+        self.runtime = LocalRuntime(folder / "models", arrivals=arrivals if ahead else None)
+        storage = LocalStorage(folder / "models", context_limit=256, tier=self.tier, arrivals=arrivals)
+        boots = (f"boot-{number}" for number in itertools.count())
+        bus, store = server.bus("worker"), server.bus("store")
+        self.shells = [
+            DriverShell(store, store.subjects, driver, boot=lambda: next(boots))
+            if isinstance(driver, StoreDriver)
+            else DriverShell(bus, bus.subjects, driver, boot=lambda: next(boots))
+            for driver in (
+                StoreDriver("s1", dram_bytes=1 << 30, storage=storage),
+                WorkerDriver(
+                    bus, bus.subjects, "s1", 0, memory_bytes=1 << 30, max_slots=4, runtime=self.runtime, process=1
+                ),
+            )
+        ]
+
+    def permit(self, chunks: int) -> None:
+        self.tier.permits.release(chunks)
+
+    async def answer(self, name: str, generation: Generation = ASKED) -> tuple[Listener, asyncio.Task[list[int]]]:
+        """Ask; the task has the tokens of the answer."""
+        listener = await Listener(self.client).open()
+        await self.control.request(name, "m", generation, listener.reply)
+
+        async def tokens() -> list[int]:
+            return [token for chunk in await listener.all() for token in chunk.tokens]
+
+        return listener, asyncio.ensure_future(tokens())
+
+    async def begun(self) -> None:
+        """Until the worker computes with the first parts of the model, ahead of its attach."""
+        await until(lambda: any(made.gate.closed < made.gate.parts for made in self.runtime._ahead.values()))
+
+    async def let_go(self) -> None:
+        """Until nothing is left of what was begun."""
+        await until(lambda: not self.runtime._ahead)
+
+
+async def until(reached: Callable[[], bool]) -> None:
+    while not reached():  # noqa: ASYNC110 (threads get there)
+        await asyncio.sleep(0.005)
+
+
+@contextlib.asynccontextmanager
+async def world(folder: Path, *, ahead: bool = True) -> AsyncIterator[World]:
+    here = World(folder, ahead=ahead)
+    async with asyncio.timeout(60), here.control:
+        tasks = [asyncio.ensure_future(shell.run()) for shell in here.shells]
+        try:
+            await here.control.state("cell", RulesActivated(KNOWN_RULES[-1]), "operator")
+            await here.control.wait(ServerReady)
+            await here.control.wait(WorkerReady)
+            yield here
+        finally:
+            here.permit(10_000)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await here.runtime.reset()
+            here.runtime.close()
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ahead")
+    make_sample(folder / "sample", arch="llama", parameters=1_500_000, seed=1, dtype="float32", context=512)
+    pack_checkpoint(folder / "sample", folder / "packed", chunk_bytes=256 << 10)
+    return folder / "packed"
+
+
+@pytest.fixture
+def folder(packed: Path, tmp_path: Path) -> Path:
+    shutil.copytree(packed, tmp_path / "models" / "m")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> list[int]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    shutil.copytree(packed, folder / "models" / "m")
+
+    async def ask() -> list[int]:
+        async with world(folder, ahead=False) as here:
+            here.permit(10_000)
+            return await (await here.answer("r0"))[1]
+
+    return asyncio.run(ask())
+
+
+async def test_the_first_layers_compute_while_the_last_are_on_their_way(folder: Path, undisturbed: list[int]) -> None:
+    async with world(folder) as here:
+        _, answer = await here.answer("r1")
+        here.permit(8)
+        await here.begun()
+        assert not here.control.find(ModelLoaded) and not answer.done()
+        made = here.runtime._ahead["m"]
+        here.permit(10_000)
+        assert await answer == undisturbed
+        assert here.runtime._instances["m"] is made.instance, "what was begun is what answers"
+        assert made.gate.passed
+        again = await (await here.answer("r2"))[1]
+        assert again == undisturbed
+        kinds = [kind for _, _, kind in here.control.heard if isinstance(kind, ModelLoaded | ModelAttached)]
+        assert [type(one) for one in kinds] == [ModelLoaded, ModelAttached], "nothing is stated ahead"
+        assert not list((folder / "arriving").iterdir())
+
+
+async def test_a_load_that_fails_midway_fails_as_ever_and_no_token_leaves(folder: Path, undisturbed: list[int]) -> None:
+    weights = folder / "models" / "m" / WEIGHTS_NAME
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-300] + bytes(byte ^ 255 for byte in whole[-300:-292]) + whole[-292:])
+    ended = []
+    for ahead in (True, False):
+        async with world(folder, ahead=ahead) as here:
+            listener, _ = await here.answer("r1")
+            here.permit(8)
+            if ahead:
+                await here.begun()
+            here.permit(10_000)
+            ended.append(await here.control.wait(RequestEnded))
+            assert here.control.find(LoadFailed) and not here.control.find(ModelAttached)
+            assert not any(delivery.payload for delivery in listener.deliveries)
+            await here.let_go()
+    first, second = ended
+    assert isinstance(first, RequestEnded) and isinstance(second, RequestEnded)
+    assert "is damaged (its checksum differs)" in first.reason
+    assert (first.code, first.reason, first.outcome) == (second.code, second.reason, second.outcome)
+    weights.write_bytes(whole)
+    async with world(folder) as here:
+        here.permit(10_000)
+        assert await (await here.answer("r1"))[1] == undisturbed
+
+
+async def test_a_request_that_is_cancelled_takes_the_load_and_what_was_begun_with_it(
+    folder: Path, undisturbed: list[int]
+) -> None:
+    async with world(folder) as here:
+        _, answer = await here.answer("r1")
+        here.permit(8)
+        await here.begun()
+        await here.control.state("requests", CancelRequested("r1"))
+        failed = await here.control.wait(LoadFailed)
+        assert isinstance(failed, LoadFailed) and failed.cancelled
+        await here.control.wait(RequestEnded, outcome="cancelled")
+        answer.cancel()
+        await here.let_go()
+        assert not here.control.find(StartSequence)
+        here.permit(10_000)
+        assert await (await here.answer("r2"))[1] == undisturbed
+
+
+async def test_a_worker_that_starts_anew_while_it_waits_leaves_nothing(folder: Path, undisturbed: list[int]) -> None:
+    async with world(folder) as here:
+        _, answer = await here.answer("r1")
+        here.permit(8)
+        await here.begun()
+        epoch = here.shells[1].epoch
+        await here.control.lose("gpu/s1/0", epoch)
+        await here.control.wait(WorkerReady, 2)
+        assert not here.runtime._ahead, "its thread came back, though the load stands still"
+        here.permit(10_000)
+        assert await answer == undisturbed
+
+
+async def test_another_prompt_that_comes_first_is_answered_by_its_own(folder: Path, undisturbed: list[int]) -> None:
+    """Two requests for a model that starts: what was prefilled is the first one's, whoever gets the first slot."""
+    async with world(folder) as here:
+        other = Generation(6, prompt="Ships", temperature=0.0)
+        _, first = await here.answer("r1")
+        _, second = await here.answer("r2", other)
+        here.permit(8)
+        await here.begun()
+        here.permit(10_000)
+        assert await first == undisturbed
+        expected = await (await here.answer("r3", other))[1]
+        assert await second == expected
