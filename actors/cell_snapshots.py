@@ -115,7 +115,7 @@ async def find_start(bus: Bus, subjects: Subjects, known_rules: tuple[int, ...] 
         found = await _newest_usable(bus, subjects, manifests, usage, known_rules)
         if isinstance(found, Start):
             return found
-        if usage.first_sequence == 1:
+        if usage.first_sequence <= 1:  # 0: a stream that never held anything
             return Start(Cell(subjects.cell, known_rules), frozenset(), [], [], None)
         names = [manifest.name for manifest in manifests]
         if names == looked_at:
