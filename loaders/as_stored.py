@@ -7,10 +7,12 @@ them by other means. The order is a guess of first use by the names: embeddings,
 from __future__ import annotations
 
 import re
+from math import prod
 
 import torch
 
 from loaders.conversion import ModuleState
+from loaders.dtypes import stored_shape
 from loaders.errors import CheckpointError
 from loaders.layout import layer_of
 from loaders.load import load_checkpoint
@@ -36,7 +38,7 @@ def load_stored_state(source: SourceCheckpoint) -> ModuleState:
         architecture=named[:256],
         model_type=model_type[:256],
         dtype=_main_dtype(tensors),
-        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        parameters=sum(prod(stored_shape(tensor)) for tensor in tensors.values()),
         layers=len({layer for name in tensors if (layer := layer_of(name))}),
         context=_number(source, "max_position_embeddings") or None,
         vocab_size=_number(source, "vocab_size"),

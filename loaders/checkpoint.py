@@ -11,7 +11,7 @@ from types import TracebackType
 import msgspec
 import torch
 
-from loaders.dtypes import DTYPE_OF_NAME
+from loaders.dtypes import view_elements
 from loaders.errors import CheckpointError
 from loaders.manifest import Manifest
 from loaders.mapping import FileMapping, PageKind
@@ -135,8 +135,7 @@ def view_tensors(mapping: FileMapping, packed: PackedHeader) -> dict[str, torch.
         warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
         data = torch.frombuffer(mapping.memory, dtype=torch.uint8, count=header.data_bytes, offset=header.data_start)
     for record in packed.tensors:
-        flat = data[record.begin : record.end].view(DTYPE_OF_NAME[record.dtype])
-        tensors[record.name] = flat.view(record.shape)
+        tensors[record.name] = view_elements(data[record.begin : record.end], record.dtype, record.shape)
     for alias, name in packed.aliases.items():
         tensors[alias] = tensors[name]
     return tensors

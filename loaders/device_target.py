@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from loaders.device import Copy, Device, DeviceLost, find_device
-from loaders.dtypes import DTYPE_OF_NAME
+from loaders.dtypes import view_elements
 from loaders.errors import CheckpointError, quote
 from loaders.memory import round_up
 from loaders.plan import LoadPlan, PlacedTensor
@@ -131,7 +131,7 @@ class DeviceTarget:
             memory = self._memory[self._device_of[placed.name]]
             begin = self._layout.offsets[placed.name]
             data = memory[begin : begin + placed.end - placed.begin]
-            tensors[placed.name] = data.view(DTYPE_OF_NAME[placed.dtype]).view(placed.shape)
+            tensors[placed.name] = view_elements(data, placed.dtype, placed.shape)
         for alias, name in self._plan.aliases.items():
             tensors[alias] = tensors[name]
         return tensors

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -26,27 +26,28 @@ RANK_LIMIT = 32
 # Beyond any file; keeps every product and sum small enough for other languages' 64-bit readers.
 OFFSET_LIMIT = 1 << 62
 
-DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
+DTYPE_BITS: Mapping[str, int] = MappingProxyType(
     {
-        "BOOL": 1,
-        "U8": 1,
-        "I8": 1,
-        "F8_E4M3": 1,
-        "F8_E5M2": 1,
-        "F8_E8M0": 1,
-        "F8_E4M3FNUZ": 1,
-        "F8_E5M2FNUZ": 1,
-        "I16": 2,
-        "U16": 2,
-        "F16": 2,
-        "BF16": 2,
-        "I32": 4,
-        "U32": 4,
-        "F32": 4,
-        "F64": 8,
-        "I64": 8,
-        "U64": 8,
-        "C64": 8,
+        "F4": 4,
+        "BOOL": 8,
+        "U8": 8,
+        "I8": 8,
+        "F8_E4M3": 8,
+        "F8_E5M2": 8,
+        "F8_E8M0": 8,
+        "F8_E4M3FNUZ": 8,
+        "F8_E5M2FNUZ": 8,
+        "I16": 16,
+        "U16": 16,
+        "F16": 16,
+        "BF16": 16,
+        "I32": 32,
+        "U32": 32,
+        "F32": 32,
+        "F64": 64,
+        "I64": 64,
+        "U64": 64,
+        "C64": 64,
     }
 )
 
@@ -71,6 +72,16 @@ class Header:
     metadata: Mapping[str, str]
     data_start: int
     data_bytes: int
+
+
+def bytes_of(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of all elements. A product above OFFSET_LIMIT is not finished: what comes back is above it, too."""
+    bits = DTYPE_BITS[dtype]
+    for size in shape:
+        bits *= size
+        if bits > OFFSET_LIMIT * 8:
+            break
+    return bits // 8
 
 
 def read_region(descriptor: int, path: Path) -> tuple[bytes, int]:
@@ -165,18 +176,18 @@ def _parse_record(name: str, entry: Any, path: Path) -> TensorRecord:
     if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where} is not described by exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if type(dtype) is not str or dtype not in DTYPE_BYTES:
+    if type(dtype) is not str or dtype not in DTYPE_BITS:
         raise CheckpointError(f"{where} has the unknown dtype {quote(str(dtype))}")
     if type(shape) is not list or len(shape) > RANK_LIMIT or not all(_is_offset(size) for size in shape):
         raise CheckpointError(f"{where} has a shape that is not a list of at most {RANK_LIMIT} sizes")
     if type(offsets) is not list or len(offsets) != 2 or not all(_is_offset(offset) for offset in offsets):
         raise CheckpointError(f"{where} has data_offsets that are not two byte positions")
     begin, end = offsets
-    expected = DTYPE_BYTES[dtype]
-    for size in shape:
-        expected *= size
-        if expected > OFFSET_LIMIT:
-            raise CheckpointError(f"{where} has a shape larger than any file")
+    if dtype == "F4" and (not shape or shape[-1] % 2):
+        raise CheckpointError(f"{where} has an odd last dimension, though two elements of F4 share a byte")
+    expected = bytes_of(dtype, shape)
+    if expected > OFFSET_LIMIT:
+        raise CheckpointError(f"{where} has a shape larger than any file")
     if end - begin != expected:
         raise CheckpointError(f"{where} needs {expected} bytes for its shape and dtype, its offsets give {end - begin}")
     return TensorRecord(name, dtype, tuple(shape), begin, end)

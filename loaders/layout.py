@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from loaders.header import DTYPE_BYTES, TensorRecord
+from loaders.header import TensorRecord, bytes_of
 
 LAYER_ALIGNMENT = 4_096
 TENSOR_ALIGNMENT = 256
@@ -36,10 +36,7 @@ class TensorShape:
     @property
     def bytes(self) -> int:
         """Bytes of all elements."""
-        size = DTYPE_BYTES[self.dtype]
-        for extent in self.shape:
-            size *= extent
-        return size
+        return bytes_of(self.dtype, self.shape)
 
 
 def layer_of(name: str) -> str | None:

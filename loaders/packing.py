@@ -188,11 +188,11 @@ def _pieces(records: tuple[TensorRecord, ...], tensors: Mapping[str, torch.Tenso
 
 
 def _shape_of(name: str, tensor: torch.Tensor) -> TensorShape:
-    from loaders.dtypes import NAME_OF_DTYPE
+    from loaders.dtypes import NAME_OF_DTYPE, stored_shape
 
     if tensor.dtype not in NAME_OF_DTYPE:
         raise CheckpointError(f"the tensor {name!r} has the dtype {tensor.dtype}, which safetensors cannot hold")
-    return TensorShape(name, NAME_OF_DTYPE[tensor.dtype], tuple(tensor.shape))
+    return TensorShape(name, NAME_OF_DTYPE[tensor.dtype], stored_shape(tensor))
 
 
 def _describe(

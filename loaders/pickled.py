@@ -27,7 +27,7 @@ def read_pickled(path: Path) -> tuple[TensorRecord, ...]:
     """
     import torch
 
-    from loaders.dtypes import NAME_OF_DTYPE
+    from loaders.dtypes import NAME_OF_DTYPE, stored_shape
 
     os.close(open_regular(path))
     mapped = zipfile.is_zipfile(path)
@@ -57,7 +57,7 @@ def read_pickled(path: Path) -> tuple[TensorRecord, ...]:
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.dtype not in NAME_OF_DTYPE:
             raise CheckpointError(f"{path}: the tensor {quote(name)} is not a plain one, and only those can be packed")
         size = tensor.numel() * tensor.element_size()
-        records.append(TensorRecord(name, NAME_OF_DTYPE[tensor.dtype], tuple(tensor.shape), begin, begin + size))
+        records.append(TensorRecord(name, NAME_OF_DTYPE[tensor.dtype], stored_shape(tensor), begin, begin + size))
         begin += size
     return tuple(records)
 

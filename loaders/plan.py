@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loaders.errors import CheckpointError, enumerate_some
-from loaders.header import DTYPE_BYTES, TensorRecord, read_header
+from loaders.header import DTYPE_BITS, TensorRecord, read_header
 from loaders.layout import PADDING_PREFIX
 from loaders.manifest import MANIFEST_NAME, check_agreement, check_companions, read_manifest
 from loaders.memory import HUGE_PAGE_BYTES, round_up
@@ -134,4 +134,4 @@ def _place(record: TensorRecord, base: int) -> PlacedTensor:
 
 def is_aligned(tensor: PlacedTensor) -> bool:
     """Whether a view of this tensor's dtype may begin at its place."""
-    return tensor.begin % DTYPE_BYTES[tensor.dtype] == 0
+    return tensor.begin % max(1, DTYPE_BITS[tensor.dtype] // 8) == 0

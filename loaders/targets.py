@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from loaders.dtypes import DTYPE_OF_NAME
+from loaders.dtypes import DTYPE_OF_NAME, torch_shape, view_elements
 from loaders.memory import Block
 from loaders.plan import DIRECT_BYTES, LoadPlan, is_aligned
 
@@ -70,11 +70,13 @@ class HostTarget:
     def view(self) -> dict[str, torch.Tensor]:
         tensors = {}
         for placed in self._plan.tensors:
-            dtype = DTYPE_OF_NAME[placed.dtype]
             if is_aligned(placed):
-                tensors[placed.name] = self._data[placed.begin : placed.end].view(dtype).view(placed.shape)
+                data = self._data[placed.begin : placed.end]
+                tensors[placed.name] = view_elements(data, placed.dtype, placed.shape)
             else:
-                tensors[placed.name] = self._copied[placed.name] = torch.empty(placed.shape, dtype=dtype)
+                shape = torch_shape(placed.dtype, placed.shape)
+                tensors[placed.name] = torch.empty(shape, dtype=DTYPE_OF_NAME[placed.dtype])
+                self._copied[placed.name] = tensors[placed.name]
         for alias, name in self._plan.aliases.items():
             tensors[alias] = tensors[name]
         return tensors

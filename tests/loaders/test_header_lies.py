@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from loaders import CheckpointError, Manifest
-from loaders.header import DTYPE_BYTES, HEADER_LIMIT_BYTES, parse_region, read_header
+from loaders.header import DTYPE_BITS, HEADER_LIMIT_BYTES, parse_region, read_header
 from loaders.packed import checksum_of, parse_packed_region, read_packed_header
 
 SOME = Path("some.safetensors")
@@ -44,6 +44,9 @@ def entry(begin: Any, end: Any, dtype: Any = "U8", shape: Any = None) -> dict[st
         ({"a": entry(0, 16, dtype="F32")}, "needs 64 bytes"),
         ({"a": entry(0, 16, dtype="F31")}, "unknown dtype"),
         ({"a": entry(0, 16, dtype=["F32"])}, "unknown dtype"),
+        ({"a": entry(0, 16, dtype="F4", shape=[32, 1])}, "odd last dimension"),
+        ({"a": entry(0, 16, dtype="F4", shape=[])}, "odd last dimension"),
+        ({"a": entry(0, 16, dtype="F4", shape=[2, 32])}, "needs 32 bytes"),
         ({"a": entry(0, 16, shape=[2**40, 2**40])}, "larger than any file"),
         ({"a": entry(0, 2**70)}, "sizes"),
         ({"a": entry(0, True, shape=[1])}, "two byte positions"),
@@ -101,7 +104,7 @@ numbers = st.one_of(st.integers(-4, 80), st.integers(), st.booleans(), st.floats
 entries = st.one_of(
     st.fixed_dictionaries(
         {
-            "dtype": st.one_of(st.sampled_from(sorted(DTYPE_BYTES)), numbers),
+            "dtype": st.one_of(st.sampled_from(sorted(DTYPE_BITS)), numbers),
             "shape": st.one_of(st.lists(numbers, max_size=4), numbers),
             "data_offsets": st.one_of(st.lists(numbers, min_size=1, max_size=3), numbers),
         }
