@@ -7,6 +7,7 @@ the first source that gives it; SSD and DRAM are filled on the way.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shutil
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from actors.model_sources import fetch_model, find_at_source, read_source
-from actors.stopping import Stop, in_thread
+from actors.stopping import Stop, Stopped, in_thread
 from actors.store_driver import Loaded, StorageFailed
 from bus.messages import HeldModel, ModelCard, Tier
 from bus.subjects import escape_model, unescape_model
@@ -27,7 +28,7 @@ from loaders.dram_tier import DramTier
 from loaders.errors import DestinationBusy, NoRoom
 from loaders.page_cache_tier import PageCacheTier
 from loaders.precedence import Precedence
-from loaders.storage import remove_leftovers
+from loaders.storage import partials_in, remove_leftovers, remove_partial
 
 DEFAULT_CONTEXT = 4096
 """The most tokens, prompt and answer together, that a sequence gets unless told otherwise."""
@@ -195,17 +196,33 @@ class LocalStorage:
             told.end(whole=whole)
 
     def _load_from_sources(self, model: str, digest: str, sources: tuple[str, ...], urgent: bool, stop: Stop) -> Loaded:
-        with self._precedence.turn("network", urgent=urgent) as turn:
-            fetch_model(model, self._path(model), digest, sources, lambda: _wait(turn.wait, stop), stop)
+        path = self._path(model)
+        self._remove_partials_but(path)
+        try:
+            with self._precedence.turn("network", urgent=urgent) as turn:
+                before = functools.partial(_wait, turn.wait, stop)
+                fetch_model(model, path, digest, sources, before, stop, self._tier.filling)
+        except Stopped:
+            if not stop.later:
+                remove_partial(path)
+            raise
         card = self._card(model)
         if not self._tier.adopt(self._path(model)):
             self._load_from_ssd(model, digest, (), urgent, stop)
         return Loaded(card.weight_bytes, "remote", sources[-1])
 
+    def _remove_partials_but(self, path: Path) -> None:
+        """What broke off stands in room that the deciding half takes for free: it goes before another model comes."""
+        for other in partials_in(self._directory):
+            if other != path:
+                remove_partial(other)
+
     # ---- in a thread: letting go ------------------------------------------------------------------------------
 
     def _evict(self, model: str, tier: Tier) -> None:
         self._let_go_from_dram(model)
+        if tier == "ssd":
+            remove_partial(self._path(model))
         if not self._path(model).is_dir():
             return
         if tier == "ssd":
@@ -222,6 +239,7 @@ class LocalStorage:
 
     def _delete(self, model: str) -> None:
         path = self._path(model)
+        remove_partial(path)
         if not path.is_dir():
             raise StorageFailed(f"{model} does not lie on this server", gone=True)
         self._let_go_from_dram(model)

@@ -10,8 +10,8 @@ from pathlib import Path
 from actors.stopping import Stop
 from actors.store_driver import StorageFailed
 from loaders import CheckpointError, Manifest
-from loaders.errors import DestinationBusy, DiskFull
-from loaders.fetch import Fetch, look_at_source, read_companion
+from loaders.errors import DestinationBusy, DiskFull, NoRoom
+from loaders.fetch import Fetch, Filling, look_at_source, read_companion
 from loaders.reading import read_bounded
 from loaders.remote import open_source
 
@@ -57,8 +57,11 @@ def fetch_model(
     sources: tuple[str, ...],
     before: Callable[[], None],
     stop: Stop,
+    filling: Filling,
 ) -> None:
     """Fetch it from the first of the sources that gives these very weights, whole or not at all.
+
+    Each source goes on where the one before it stopped. `filling`: see `loaders.fetch.Fetch`.
 
     Raises `StorageFailed`, which says what was wrong with each, `DestinationBusy`, or `Stopped`.
     """
@@ -69,14 +72,24 @@ def fetch_model(
         stop.check()
         try:
             source = open_source(check_address(address), hurry=address != tried[-1])
-            fetch = Fetch(source, destination, digest=digest, before=before, beside=beside)
-            with stop.interrupting(fetch.cancel):
+            fetch = Fetch(source, destination, digest=digest, before=before, beside=beside, filling=filling)
+
+            def interrupt(fetch: Fetch = fetch) -> None:
+                fetch.cancel(keep=stop.later)
+
+            with stop.interrupting(interrupt):
                 report = fetch.run()
-            logger.info("%s came from %s at %.2f GB/s", model, address, report.gigabytes_per_second)
+            logger.info(
+                "%s came from %s at %.2f GB/s, %.0f MB of it had come before",
+                model,
+                address,
+                report.gigabytes_per_second,
+                report.kept_bytes / 1e6,
+            )
             return
         except DestinationBusy:
             raise
-        except DiskFull as full:
+        except (DiskFull, NoRoom) as full:
             raise StorageFailed(f"{model} cannot be fetched: {full}") from full
         except (CheckpointError, OSError) as error:
             stop.check()

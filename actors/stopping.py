@@ -12,21 +12,33 @@ from typing import TypeVar
 Got = TypeVar("Got")
 
 
+LATER = "to be gone on with"
+"""Said with a cancellation (`task.cancel(LATER)`) of work that is wanted again: what it has done may stay."""
+
+
 class Stopped(Exception):
-    """The work was asked to stop, and has left nothing."""
+    """The work was asked to stop, and has left nothing but what it can go on with, if it may."""
 
 
 class Stop:
-    """Whether the work is to stop. The work asks often (`check`), and says what interrupts it where it waits."""
+    """Whether the work is to stop. The work asks often (`check`), and says what interrupts it where it waits.
+
+    `later`: it is to be gone on with, so that what it has done may stay.
+    """
 
     def __init__(self) -> None:
+        self.later = False
         self._asked = threading.Event()
         self._lock = threading.Lock()
         self._interrupts: dict[int, Callable[[], None]] = {}
         self._count = 0
 
-    def ask(self) -> None:
+    def ask(self, *, later: bool = False) -> None:
+        """The first who asks says whether it is for later."""
         with self._lock:
+            if self._asked.is_set():
+                return
+            self.later = later
             self._asked.set()
             interrupts = list(self._interrupts.values())
         for interrupt in interrupts:
@@ -65,7 +77,8 @@ class Stop:
 async def in_thread(threads: Executor, work: Callable[[Stop], Got]) -> Got:
     """What `work` returns. When this task is cancelled, the work is asked to stop and waited for.
 
-    So nothing of it is left when this ends. Work that was done all the same counts: its result is returned.
+    So nothing of it is left when this ends, unless the cancellation said `LATER`. Work that was done all the same
+    counts: its result is returned.
     """
     stop = Stop()
     future = asyncio.wrap_future(threads.submit(work, stop))
@@ -73,9 +86,9 @@ async def in_thread(threads: Executor, work: Callable[[Stop], Got]) -> Got:
     while not future.done():
         try:
             await asyncio.wait([future])
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as asked:
             cancelled = True
-            stop.ask()
+            stop.ask(later=LATER in asked.args)
     if cancelled and future.exception() is not None:
         raise asyncio.CancelledError
     return future.result()

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 from actors.driver import Epoch
 from actors.driver_core import Effect, EpochOver
+from actors.stopping import LATER
 from bus.messages import (
     CancelLoad,
     DeleteModel,
@@ -55,7 +56,8 @@ class Loaded(NamedTuple):
 class Storage(Protocol):
     """Where packed models lie, and the tiers around that. Methods that can fail raise `StorageFailed`.
 
-    Each may be cancelled: then it ends soon, and either it is done, or nothing of it is left.
+    Each may be cancelled: then it ends soon, and either it is done, or nothing of it is left, but for what a load that
+    is cancelled with `stopping.LATER` may go on with.
     """
 
     async def scan(self) -> tuple[HeldModel, ...]:
@@ -188,7 +190,8 @@ class _Work:
 
     async def stop(self) -> None:
         self._ended = True
-        await self._tasks.stop()
+        # The next epoch, also that of another process, goes on with what this one has fetched.
+        await self._tasks.stop(LATER)
 
     async def _take(self) -> None:
         while True:

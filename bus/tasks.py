@@ -47,11 +47,11 @@ class Tasks:
         while self._brief:
             await asyncio.wait(list(self._brief))
 
-    async def stop(self) -> None:
-        """Cancel everything, in the order of its start, and wait until it is over."""
+    async def stop(self, said: str = "") -> None:
+        """Cancel everything, in the order of its start, and wait until it is over. `said` goes with each one."""
         tasks = [*self._lasting, *self._brief]
         for task in tasks:
-            task.cancel()
+            task.cancel(said or None)
         for task in tasks:
             try:
                 await task

@@ -79,6 +79,8 @@ def fetch(
 ) -> None:
     """Fetch a packed checkpoint from elsewhere, every chunk checked on its way; all of it or nothing.
 
+    Called again after a failure it goes on where that one stopped, from any source that has the same weights.
+
     Example: longshore fetch https://models.example.org/qwen3 ~/packed/qwen3
     """
     import msgspec
@@ -93,7 +95,9 @@ def fetch(
     if json:
         typer.echo(msgspec.json.encode(result).decode())
     else:
-        typer.echo(f"Fetched {result.bytes / 1e9:.2f} GB in {result.seconds:.2f} s to {destination}; {result.advice}")
+        kept = f", {result.kept_bytes / 1e9:.2f} GB of it had come before" if result.kept_bytes else ""
+        what = f"Fetched {result.bytes / 1e9:.2f} GB{kept} in {result.seconds:.2f} s"
+        typer.echo(f"{what} to {destination}; {result.advice}")
 
 
 def load(

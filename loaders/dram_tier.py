@@ -11,12 +11,15 @@ pages that are huge make a start from DRAM independent of the model's size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
 from loaders.arrival import Announcement
 from loaders.doctor import examine_memory
 from loaders.errors import CheckpointError
+from loaders.manifest import Manifest
+from loaders.model_copy import ModelCopy
 from loaders.page_cache_tier import PageCacheTier
 from loaders.shared_memory_tier import SharedMemoryTier, default_root
 
@@ -47,6 +50,14 @@ class DramTier(Protocol):
         caller's.
 
         Raises CheckpointError for what is damaged, `NoRoom` where memory does not suffice.
+        """
+        ...
+
+    def filling(self, manifest: Manifest, name: str) -> AbstractContextManager[ModelCopy | None]:
+        """Memory of this tier for a fetch to put the weights of the model in the directory `name` into; None where
+        it does not need to.
+
+        Raises `NoRoom`, CheckpointError. What was not finished is gone after the block.
         """
         ...
 

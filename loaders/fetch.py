@@ -1,20 +1,25 @@
 """Fetching a packed checkpoint from elsewhere: every chunk is checked before it is written, and the whole is committed.
 
-    remote ─▶ piece in a ring ─▶ checksum ─▶ file (page cache ─▶ disk)
+    remote ─▶ chunk in a ring ─▶ checksum ─▶ file (page cache ─▶ disk)             the page cache is the DRAM tier
+    remote ─▶ chunk in shared memory ─▶ checksum ─▶ disk, past the page cache      shared memory is
+    remote ─▶ chunk in a ring ─▶ checksum ─▶ disk, past the page cache             `keep_in_memory=False`
 
-All stages are at work at once, in as many threads as the source takes. What is written stays in the page cache: the
-fetched model lies on the SSD and in DRAM when this ends. `keep_in_memory=False` drops each piece once it is on disk,
-for a model larger than the memory that it may have.
+All stages are at work at once, in as many threads as the source takes: one pass fills the SSD and DRAM. The last is for
+a model larger than the memory that it may have.
+
+What a fetch that broke off has written is kept (`loaders.partial_file`): the next one, from the same source or another
+that has the very same weights, goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
+import contextlib
+import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
@@ -34,20 +39,23 @@ from loaders.manifest import (
     read_manifest,
 )
 from loaders.memory import MemoryPool
+from loaders.model_copy import ModelCopy
 from loaders.packed import WEIGHTS_NAME, PackedHeader, checksum_of, describe_chunk, parse_packed_region
+from loaders.partial_file import PartialFile
 from loaders.plan import DIRECT_BYTES
 from loaders.remote import RemoteFile, RemoteSource, open_source
 
-_SYNC_FILE_RANGE_ALL = 7
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-
 Progress = Callable[[int, int], None]
+Filling = Callable[[Manifest, str], AbstractContextManager[ModelCopy | None]]
+Where = Callable[[int, int], memoryview]
+"""Of a chunk's offset and count: memory for it, with room for the count rounded up to DIRECT_BYTES."""
 
 
 class FetchReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a fetch did. Stages: read (the source), checksum, write (page cache), sync (disk, at the end)."""
+    """What a fetch did. Stages: read (the source), checksum, write (page cache or disk), sync (disk, at the end).
+
+    `kept_bytes` of the weights an earlier fetch that broke off had left; they were read from the disk and checked.
+    """
 
     source: str
     destination: str
@@ -57,6 +65,7 @@ class FetchReport(msgspec.Struct, frozen=True, kw_only=True):
     stages: dict[str, StageReport]
     limit: str
     advice: str = ""
+    kept_bytes: int = 0
 
 
 def look_at_source(source: RemoteSource) -> Manifest:
@@ -126,27 +135,38 @@ class Fetch:
         progress: Progress | None = None,
         before: Callable[[], None] | None = None,
         beside: Mapping[str, bytes] | None = None,
+        filling: Filling | None = None,
     ) -> None:
         """`digest`, if given, is that of the very weights wanted: others are refused.
 
         `before()` is called by each thread before its next chunk: it may wait, and what it raises ends all. `beside`
-        are small files of the fetcher's own, committed with the rest.
+        are small files of the fetcher's own, committed with the rest. `filling` gives memory of a DRAM tier to put the
+        weights into on their way, if there is any to spare.
         """
         self._source, self._destination = source, Path(destination)
         self._keep, self._digest, self._progress = keep_in_memory, digest, progress
         self._before, self._beside = before, dict(beside or {})
+        self._filling = filling
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._unwanted = self._resumed = False
         self._seconds = {"read": 0.0, "checksum": 0.0, "write": 0.0}
-        self._done_bytes = 0
+        self._done_bytes = self._kept_bytes = 0
 
-    def cancel(self) -> None:
-        """`run` ends soon with a CheckpointError, and leaves nothing behind."""
+    def cancel(self, *, keep: bool = False) -> None:
+        """`run` ends soon with a CheckpointError, and leaves nothing; with `keep`, what the next goes on with."""
+        self._unwanted = self._unwanted or not keep
         self._stop.set()
         self._source.cancel()
 
+    def _worth_keeping(self) -> bool:
+        return (self._resumed or self._done_bytes > 0) and not self._unwanted
+
     def run(self) -> FetchReport:
-        """Fetch, check, commit. Raises CheckpointError: then the destination is as it was before."""
+        """Fetch, check, commit. Raises CheckpointError: then the destination is as it was before.
+
+        What came until then stays beside it for the next attempt, but for a full disk or where this was cancelled.
+        """
         began = time.perf_counter()
         source = self._source
         manifest = _manifest_of(source)
@@ -161,41 +181,72 @@ class Fetch:
         file = source.open_large(WEIGHTS_NAME)
         try:
             region, packed = _header_of(source, file, manifest)
-            check_space(self._destination.parent, manifest.bytes + sum(map(len, companions.values())))
-            with storage.replacing_directory(self._destination) as temporary:
-                if before != manifest.digest == _digest_at(self._destination):
-                    raise DestinationBusy(f"another process has just fetched {self._destination}; look at it again")
-                synced = self._weights(file, packed, region, temporary / WEIGHTS_NAME)
-                for name, content in (companions | self._beside).items():
-                    (temporary / name).parent.mkdir(exist_ok=True)
-                    storage.write_file(temporary / name, content)
-                storage.write_file(temporary / MANIFEST_NAME, source.read_small(MANIFEST_NAME, MANIFEST_LIMIT_BYTES))
-                self._check_same_manifest(temporary, manifest)
+            needed = manifest.bytes + sum(map(len, companions.values()))
+            check_space(self._destination.parent, needed - storage.partial_bytes(self._destination))
+            with self._dram(manifest) as copy:
+                synced = self._to_destination(manifest, file, region, packed, companions, before, copy)
+                if copy is not None:
+                    with contextlib.suppress(CheckpointError):  # the SSD has it all the same
+                        copy.finish(self._destination)
         finally:
             file.close()
         return self._report(manifest, file, time.perf_counter() - began, synced)
+
+    def _to_destination(
+        self,
+        manifest: Manifest,
+        file: RemoteFile,
+        region: bytes,
+        packed: PackedHeader,
+        companions: dict[str, bytes],
+        before: str,
+        copy: ModelCopy | None,
+    ) -> float:
+        """Everything, committed; the seconds that the weights' last sync took."""
+        with storage.resuming_directory(self._destination, self._worth_keeping) as temporary:
+            if before != manifest.digest == _digest_at(self._destination):
+                raise DestinationBusy(f"another process has just fetched {self._destination}; look at it again")
+            _clear(temporary)
+            synced = self._weights(file, packed, region, temporary / WEIGHTS_NAME, copy)
+            for name, content in (companions | self._beside).items():
+                (temporary / name).parent.mkdir(exist_ok=True)
+                storage.write_file(temporary / name, content)
+            said = self._source.read_small(MANIFEST_NAME, MANIFEST_LIMIT_BYTES)
+            storage.write_file(temporary / MANIFEST_NAME, said)
+            self._check_same_manifest(temporary, manifest)
+        return synced
 
     def _check_same_manifest(self, temporary: Path, manifest: Manifest) -> None:
         now = parse_manifest((temporary / MANIFEST_NAME).read_bytes(), f"{self._source.name}/{MANIFEST_NAME}")
         if now != manifest:
             raise CheckpointError(f"{self._source.name} changed while it was fetched; fetch it again")
 
+    @contextlib.contextmanager
+    def _dram(self, manifest: Manifest) -> Iterator[ModelCopy | None]:
+        """Memory of the DRAM tier; None where it has none now: then the weights come as far as the SSD."""
+        with contextlib.ExitStack() as stack:
+            copy = None
+            if self._filling is not None:
+                with contextlib.suppress(CheckpointError):
+                    copy = stack.enter_context(self._filling(manifest, self._destination.name))
+            yield copy
+
     # ---- the weights ------------------------------------------------------------------------------------------
 
-    def _weights(self, file: RemoteFile, packed: PackedHeader, region: bytes, path: Path) -> float:
-        """Every chunk in its place in the file at `path`; the seconds that the last sync took."""
-        descriptor = storage.create(path)
+    def _weights(
+        self, file: RemoteFile, packed: PackedHeader, region: bytes, path: Path, copy: ModelCopy | None
+    ) -> float:
+        """Every chunk in its place in the file at `path`, and in `copy`; the seconds that the last sync took."""
+        partial = PartialFile(path, region, file.bytes, cached=self._keep and copy is None)
+        self._resumed = partial.resumed
         try:
-            storage.write_all(descriptor, region, 0)
             threads = max(1, min(file.threads, len(packed.checksums)))
-            room = -(-packed.chunk_bytes // DIRECT_BYTES) * DIRECT_BYTES
-            ring = MemoryPool(threads * (room + (2 << 20)), populate=False)
-            local = threading.local()
+            if copy is not None:
+                copy.memory(0, len(region))[: len(region)] = region
+            where = _ring(threads, packed) if copy is None else copy.memory
 
             def handle(chunk: int) -> None:
-                if not hasattr(local, "block"):
-                    local.block = ring.take(room)
-                self._chunk(file, packed, chunk, local.block.memory, descriptor)
+                self._chunk(file, packed, chunk, where, partial)
 
             with ThreadPoolExecutor(threads, thread_name_prefix="fetch") as pool:
                 try:
@@ -206,39 +257,39 @@ class Fetch:
                     self._source.cancel()
                     raise
             began = time.perf_counter()
-            storage.sync(descriptor)
+            partial.sync()
             return time.perf_counter() - began
         finally:
-            os.close(descriptor)
+            partial.close()
 
-    def _chunk(self, file: RemoteFile, packed: PackedHeader, chunk: int, memory: memoryview, descriptor: int) -> None:
+    def _chunk(self, file: RemoteFile, packed: PackedHeader, chunk: int, where: Where, partial: PartialFile) -> None:
         if self._before is not None:
             self._before()
         if self._stop.is_set():
             raise CheckpointError(f"fetching {self._source.name} was cancelled")
         begin, end = packed.chunk_span(chunk)
         offset, count = packed.header.data_start + begin, end - begin
+        memory = where(offset, count)
         began = time.perf_counter()
-        file.read(memory, offset, count)
+        kept = partial.read_left(memory, offset, count) and checksum_of(memory[:count]) == packed.checksums[chunk]
+        if not kept:
+            file.read(memory, offset, count)
         read = time.perf_counter()
-        if checksum_of(memory[:count]) != packed.checksums[chunk]:
+        if not kept and checksum_of(memory[:count]) != packed.checksums[chunk]:
             raise CheckpointError(
                 f"{self._source.name}/{WEIGHTS_NAME}: {describe_chunk(packed, chunk)} came damaged (its checksum "
                 "differs); verify the source, then fetch it again"
             )
         checked = time.perf_counter()
-        storage.write_all(descriptor, memory[:count], offset)
-        # What stays in memory the kernel writes back by itself: to ask for it piece by piece made the threads wait for
-        # each other at the file, and the whole two to three times slower.
-        if not self._keep:
-            _libc.sync_file_range(descriptor, offset, count, _SYNC_FILE_RANGE_ALL)
-            os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
+        if not kept:
+            partial.write(memory, offset, count)
         written = time.perf_counter()
         with self._lock:
             self._seconds["read"] += read - began
             self._seconds["checksum"] += checked - read
             self._seconds["write"] += written - checked
             self._done_bytes += count
+            self._kept_bytes += count if kept else 0
             if self._progress is not None:
                 self._progress(self._done_bytes, packed.header.data_bytes)
 
@@ -257,7 +308,34 @@ class Fetch:
             stages=stages,
             limit=limit,
             advice=f"{what} was the limit: {rate / 1e9:.2f} GB/s in all",
+            kept_bytes=self._kept_bytes,
         )
+
+
+def _ring(threads: int, packed: PackedHeader) -> Where:
+    """A block of memory per thread, used again for each of its chunks."""
+    room = -(-packed.chunk_bytes // DIRECT_BYTES) * DIRECT_BYTES
+    ring = MemoryPool(threads * (room + (2 << 20)), populate=False)
+    local = threading.local()
+
+    def where(offset: int, count: int) -> memoryview:
+        if not hasattr(local, "block"):
+            local.block = ring.take(room)
+        memory: memoryview = local.block.memory
+        return memory
+
+    return where
+
+
+def _clear(temporary: Path) -> None:
+    """Of what an earlier fetch has left, everything but the weights."""
+    for path in temporary.iterdir():
+        if path.name == WEIGHTS_NAME and path.is_file():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def fetch_checkpoint(
@@ -271,7 +349,8 @@ def fetch_checkpoint(
     """Fetch the packed checkpoint at a directory, `http://` or `https://` into the directory `destination`.
 
     A packed checkpoint there is replaced as a whole. Afterwards it lies on the disk and, with `keep_in_memory`, in the
-    page cache. Raises CheckpointError; the destination then is as it was before.
+    page cache. Raises CheckpointError; the destination then is as it was before, and the next attempt goes on with what
+    came.
     """
     fetch = Fetch(
         open_source(address), Path(destination), keep_in_memory=keep_in_memory, digest=digest, progress=progress

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 
 from loaders.arrival import Announcement
 from loaders.errors import CheckpointError
-from loaders.manifest import read_manifest
+from loaders.manifest import Manifest, read_manifest
 from loaders.mapping import FileMapping, LockRefused, cached_bytes
+from loaders.model_copy import ModelCopy
 from loaders.packed import WEIGHTS_NAME
 from loaders.room import memory_room
 from loaders.verification import populate_checkpoint, release_checkpoint
@@ -62,6 +63,11 @@ class PageCacheTier:
         report = populate_checkpoint(directory, verify=True, before=before, told=told)
         self._keep(directory, digest)
         return report.bytes
+
+    @contextlib.contextmanager
+    def filling(self, manifest: Manifest, name: str) -> Iterator[ModelCopy | None]:
+        """None: what is written to the SSD is in this tier."""
+        yield None
 
     def adopt(self, directory: Path) -> bool:
         manifest = read_manifest(directory)

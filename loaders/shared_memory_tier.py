@@ -1,6 +1,8 @@
 """Shared memory as DRAM tier: a copy of each packed model in a tmpfs, filled by direct reads, each chunk checked.
 
-    SSD ──direct reads, 4 threads──▶ <root>/.<key>.<number>.loading ──rename──▶ <root>/<key>
+    SSD ──direct reads, 4 threads──┐
+    remote ──connections──┬────────┴─▶ <root>/.<key>.<number>.loading ──rename──▶ <root>/<key>
+                          └─▶ SSD (direct writes out of the same memory)
 
 A directory with its final name is a whole packed directory whose every byte was checked: only a load that ended well
 renames, and a tmpfs ends with the machine, so there is nothing that a store which starts again has to doubt. It removes
@@ -21,20 +23,21 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from loaders.arrival import Announcement
 from loaders.direct import LargeFile, best_way
 from loaders.errors import CheckpointError, NoRoom
-from loaders.manifest import MANIFEST_NAME, Manifest, read_manifest
+from loaders.manifest import Manifest, read_manifest
 from loaders.mapping import FileMapping, LockRefused, drop_from_memory, is_tmpfs
 from loaders.memory import populate_pages, round_up, want_huge_pages
+from loaders.model_copy import ModelCopy
 from loaders.packed import WEIGHTS_NAME, checksum_of
 from loaders.plan import DIRECT_BYTES, LoadPlan, Piece, plan_load
 from loaders.room import has_swap, room_in
-from loaders.verification import attach
 
 READ_THREADS = 4
 ROOM_SECONDS = 5.0
@@ -67,7 +70,8 @@ class SharedMemoryTier:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._lock = threading.Lock()
-        self._filling = threading.Lock()
+        self._promised: dict[int, int] = {}
+        """Of each copy that is being filled, the bytes whose pages are not there yet."""
         self._numbers = itertools.count()
         self._held: dict[Path, tuple[str, FileMapping]] = {}
         self._refused = ""
@@ -107,9 +111,7 @@ class SharedMemoryTier:
             held = self._held.get(directory)
         if held is not None and held[0] != key:
             self.release(directory)  # another packing lies there by now
-        with self._filling:  # so that the room that was found is not given away twice
-            if not (self._root / key).is_dir():
-                self._fill(directory, manifest, before, told)
+        self._fill(directory, manifest, before, told)
         self._keep(directory, key)
         return manifest.bytes
 
@@ -145,78 +147,92 @@ class SharedMemoryTier:
 
     def forget_others(self, directories: Iterable[Path]) -> None:
         wanted = {key_of(read_manifest(directory)) for directory in directories}
-        with self._filling:
-            for path in list(self._root.iterdir()):
-                if path.name not in wanted and not path.name.startswith("."):
-                    shutil.rmtree(path, ignore_errors=True)
+        for path in list(self._root.iterdir()):
+            if path.name not in wanted and not path.name.startswith("."):
+                shutil.rmtree(path, ignore_errors=True)
 
     def look_after(self) -> list[str]:
         """Nothing but an eviction takes pages from a tmpfs for good."""
         return []
 
-    # ---- filling ----------------------------------------------------------------------------------------------
+    @contextmanager
+    def filling(self, manifest: Manifest, name: str) -> Iterator[ModelCopy | None]:
+        """A copy to fill, for which there is room; None where these weights are here already.
+
+        It is gone after the block unless it was finished. Raises `NoRoom`, CheckpointError.
+        """
+        key = key_of(manifest)
+        if (self._root / key).is_dir():
+            yield None
+            return
+        needed = round_up(manifest.bytes, DIRECT_BYTES) + sum(file.bytes for file in manifest.files.values())
+        number = self._promise(needed, name)
+        try:
+            temporary = self._root / f".{key}.{number}.loading"
+            try:
+                copy = ModelCopy(temporary, self._root / key, manifest, lambda count: self._took(number, count))
+            except OSError as error:
+                raise CheckpointError(f"{self._root} takes no copy of a model: {error.strerror}") from error
+            try:
+                yield copy
+            finally:
+                copy.discard()
+        finally:
+            with self._lock:
+                del self._promised[number]
+
+    # ---- filling from the SSD ---------------------------------------------------------------------------------
 
     def _fill(
         self, directory: Path, manifest: Manifest, before: Callable[[], None] | None, told: Announcement | None
     ) -> None:
         plan = plan_load(directory, verify=True)
-        self._wait_for_room(directory, plan.memory_bytes + sum(file.bytes for file in manifest.files.values()))
-        temporary = self._root / f".{key_of(manifest)}.{next(self._numbers)}.loading"
-        temporary.mkdir()
-        try:
-            self._copy_weights(plan, manifest, temporary / WEIGHTS_NAME, before, told)
-            for name in (*manifest.files, MANIFEST_NAME):
-                (temporary / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(directory / name, temporary / name)
-            # The copy is what workers open: that it is whole is checked on the copy.
-            attach(temporary, check_files=True)
-            temporary.rename(self._root / key_of(manifest))
-        except OSError as error:
-            raise CheckpointError(f"{directory} cannot be brought to {self._root}: {error.strerror}") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with self.filling(manifest, directory.name) as copy:
+            if copy is not None:
+                self._copy_weights(plan, manifest, copy, before, told)
+                copy.finish(directory)
 
-    def _wait_for_room(self, directory: Path, needed: int) -> None:
+    def _promise(self, needed: int, name: str) -> int:
+        """Room of which nothing is given away twice; the number of the promise."""
         until = time.monotonic() + ROOM_SECONDS
-        while (room := room_in(self._root)).bytes < needed:
+        while True:
+            with self._lock:
+                room = room_in(self._root)
+                left = room.bytes - sum(self._promised.values())
+                if left >= needed:
+                    number = next(self._numbers)
+                    self._promised[number] = needed
+                    return number
             if time.monotonic() > until:
                 raise NoRoom(
-                    f"{directory.name} needs {needed / 1e9:.2f} GB of shared memory, and {room.limit} leaves "
-                    f"{max(0, room.bytes) / 1e9:.2f} GB: lower --dram, or give it more"
+                    f"{name} needs {needed / 1e9:.2f} GB of shared memory, and {room.limit} leaves "
+                    f"{max(0, left) / 1e9:.2f} GB: lower --dram, or give it more"
                 )
             time.sleep(0.05)
+
+    def _took(self, number: int, count: int) -> None:
+        with self._lock:
+            self._promised[number] = max(0, self._promised[number] - count)
 
     def _copy_weights(
         self,
         plan: LoadPlan,
         manifest: Manifest,
-        path: Path,
+        copy: ModelCopy,
         before: Callable[[], None] | None,
         told: Announcement | None,
     ) -> None:
         source = LargeFile(plan.files[0], best_way(plan.files[0]))
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
-            # Direct reads end at whole blocks; what is too much is cut off afterwards.
-            os.ftruncate(descriptor, round_up(manifest.bytes, DIRECT_BYTES))
-            target = mmap.mmap(descriptor, 0)
-        finally:
-            os.close(descriptor)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(target))
-        want_huge_pages(address, len(target))
         head = manifest.bytes - sum(piece.count for piece in plan.pieces)
-        memory = memoryview(target)
         if told is not None:
-            told.begin(path, len(plan.pieces))
-        work = functools.partial(self._copy, plan, source, memory, address, before, told)
+            told.begin(copy.path, len(plan.pieces))
+        work = functools.partial(self._copy, plan, source, copy, before, told)
         try:
-            populate_pages(address, head)
-            source.read(memory, 0, head)
+            source.read(copy.memory(0, head), 0, head)
             with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="to-shared-memory") as threads:
                 list(threads.map(work, range(len(plan.pieces))))
         finally:
             source.close()
-        os.truncate(path, manifest.bytes)
         if source.way == "buffered":
             # Read from the page cache: two copies in memory would be one too many.
             drop_from_memory(source.path)
@@ -225,8 +241,7 @@ class SharedMemoryTier:
         self,
         plan: LoadPlan,
         source: LargeFile,
-        memory: memoryview,
-        address: int,
+        copy: ModelCopy,
         before: Callable[[], None] | None,
         told: Announcement | None,
         index: int,
@@ -234,12 +249,9 @@ class SharedMemoryTier:
         if before is not None:
             before()
         piece: Piece = plan.pieces[index]
-        begin, end = piece.offset, piece.offset + piece.count
-        # A tmpfs without room ends who touches it by SIGBUS; asked for beforehand, it is an error.
-        populate_pages(address + begin, end - begin)
-        room = -(-piece.count // DIRECT_BYTES) * DIRECT_BYTES
-        source.read(memory[begin : begin + room], begin, piece.count)
-        if checksum_of(memory[begin:end]) != piece.checksum:
+        memory = copy.memory(piece.offset, piece.count)
+        source.read(memory, piece.offset, piece.count)
+        if checksum_of(memory[: piece.count]) != piece.checksum:
             raise CheckpointError(
                 f"{source.path}: {plan.describe(index)} is damaged (its checksum differs); pack or copy the checkpoint "
                 "again"

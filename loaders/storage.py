@@ -2,8 +2,8 @@
 
 `replacing_directory` fills a temporary directory beside the destination and swaps it in with one rename. Whatever
 stops the process in between leaves the old state or the new one, and at most a temporary directory that the next
-packing removes. All writes of this room go through the one-line functions at the top, so that tests can fail each of
-them in turn.
+packing removes; that of `resuming_directory` is what the next fetch goes on with. All writes of this room go through
+the one-line functions at the top, so that tests can fail each of them in turn.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -26,7 +26,22 @@ _AT_FDCWD = -100
 
 def create(path: Path) -> int:
     """A descriptor of a new file, for writing; an existing file is an error."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+
+
+def reopen(path: Path) -> int:
+    """A descriptor of a file that is there, for writing."""
+    return os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def open_direct(path: Path) -> int:
+    """A descriptor of a file that is there, for writing past the page cache; -1 where the file system cannot."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP):
+            return -1
+        raise
 
 
 def write(descriptor: int, data: memoryview, offset: int) -> int:
@@ -102,33 +117,96 @@ def replacing_directory(destination: Path) -> Iterator[Path]:
     Raises DestinationBusy when another process or thread holds the destination, DiskFull when the disk is full,
     CheckpointError when it fails.
     """
-    parent = destination.parent
-    prefix = f".{destination.name}.packing-"
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(parent / f".{destination.name}.packing", destination):
-            for leftover in parent.glob(f"{_escape(prefix)}*"):
-                remove(leftover)
-            temporary = make_directory(parent, prefix)
-            try:
-                yield temporary
-                _commit(temporary, destination)
-            finally:
-                # After the swap this is what stood at the destination before.
+    with _holding(destination):
+        remove(_partial(destination))
+        temporary = make_directory(destination.parent, f".{destination.name}.packing-")
+        try:
+            yield temporary
+            _commit(temporary, destination)
+        finally:
+            # After the swap this is what stood at the destination before.
+            remove(temporary)
+
+
+@contextmanager
+def resuming_directory(destination: Path, keep: Callable[[], bool]) -> Iterator[Path]:
+    """The same, but what stands in the temporary directory after an exception stays for the next time if `keep()`.
+
+    Then it stands in the directory that is yielded; a killed process leaves it there, too. Nothing stays on a full
+    disk.
+    """
+    with _holding(destination):
+        temporary = _partial(destination)
+        if temporary.is_symlink() or not temporary.is_dir():
+            temporary.unlink(missing_ok=True)
+            temporary.mkdir()
+            temporary.chmod(0o755)
+        try:
+            yield temporary
+            _commit(temporary, destination)
+        except BaseException as error:
+            if isinstance(error, DiskFull) or _is_full(error) or not keep():
                 remove(temporary)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(f"{parent}: the disk is full; free some space and pack again") from error
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise CheckpointError(f"{destination} cannot be written: {reason}") from error
+            raise
+        remove(temporary)
+
+
+def remove_partial(destination: Path) -> None:
+    """Removes what a fetch of `destination` that broke off has left, unless somebody is at work on it."""
+    if _partial(destination).exists():
+        with suppress(CheckpointError, OSError), _only_one(_lock_of(destination), destination):
+            remove(_partial(destination))
+
+
+def partial_bytes(destination: Path) -> int:
+    """What a fetch of `destination` that broke off takes of the disk."""
+    try:
+        return sum(path.lstat().st_blocks * 512 for path in _partial(destination).iterdir())
+    except OSError:
+        return 0
+
+
+def partials_in(parent: Path) -> list[Path]:
+    """The destinations of which a fetch that broke off, or is at work, has left something."""
+    found = sorted(parent.glob(".*.fetching"))
+    return [path.with_name(path.name.removeprefix(".").removesuffix(".fetching")) for path in found]
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Removes what processes that were killed have left in `parent`; what somebody is at work on stays."""
+    """Removes what packings that were killed have left in `parent`; what somebody is at work on stays."""
     for leftover in sorted(parent.glob(".*.packing-*")):
-        name = leftover.name[1:].rpartition(".packing-")[0]
-        with suppress(CheckpointError, OSError), _only_one(parent / f".{name}.packing", parent / name):
+        destination = parent / leftover.name[1:].rpartition(".packing-")[0]
+        with suppress(CheckpointError, OSError), _only_one(_lock_of(destination), destination):
             remove(leftover)
+
+
+def _partial(destination: Path) -> Path:
+    return destination.with_name(f".{destination.name}.fetching")
+
+
+def _lock_of(destination: Path) -> Path:
+    return destination.with_name(f".{destination.name}.packing")
+
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def _holding(destination: Path) -> Iterator[None]:
+    """Nobody else writes there. What killed packings have left is gone; errors of the disk are CheckpointErrors."""
+    parent = destination.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with _only_one(_lock_of(destination), destination):
+            for leftover in parent.glob(f"{_escape(f'.{destination.name}.packing-')}*"):
+                remove(leftover)
+            yield
+    except OSError as error:
+        if _is_full(error):
+            raise DiskFull(f"{parent}: the disk is full; free some space and pack again") from error
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise CheckpointError(f"{destination} cannot be written: {reason}") from error
 
 
 def _commit(temporary: Path, destination: Path) -> None:

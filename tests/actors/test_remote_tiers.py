@@ -25,6 +25,7 @@ from bus.messages import Message, ModelLoaded, decode_fact, decode_fact_body
 from bus.server import EmbeddedServer
 from bus.subjects import FactSubject
 from loaders import pack_checkpoint, verify_checkpoint
+from loaders.packed import read_packed_header
 from models.sample import make_sample
 
 pytestmark = pytest.mark.slow
@@ -156,8 +157,9 @@ async def test_a_model_at_an_address_is_served_and_passed_on(
         assert shown[0]["servers"] == {first: "dram", second: "dram"}
 
 
-async def test_a_node_that_is_killed_in_the_middle_leaves_nothing_half(
-    nats_server: EmbeddedServer, origin: Path, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+async def test_a_node_that_ends_in_the_middle_leaves_nothing_half_and_goes_on_with_it(
+    nats_server: EmbeddedServer, origin: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     half, over = threading.Event(), threading.Event()
     pieces = itertools.count()
@@ -179,11 +181,15 @@ async def test_a_node_that_is_killed_in_the_middle_leaves_nothing_half(
             asked = asyncio.ensure_future(answer(cell))
             assert await asyncio.to_thread(half.wait, 20)
             assert node.process is not None
-            os.kill(node.pid, signal.SIGKILL)
+            os.kill(node.pid, number)
             await node.process.wait()
             assert [path.name for path in cell.models("a").iterdir() if not path.name.startswith(".")] == []
             over.set()
+            came = len(elsewhere.seen)
             await node.start()
             assert await asked
+            fetched = [span for name, span in elsewhere.seen[came:] if name.endswith(WEIGHTS)]
+        chunks = len(read_packed_header(origin / "tiny" / WEIGHTS).checksums)
+        assert chunks // 3 < len(fetched) < 3 + chunks, "what had come was not asked for again"
         assert sorted(path.name for path in cell.models("a").iterdir()) == ["tiny"]
         verify_checkpoint(cell.models("a") / "tiny")

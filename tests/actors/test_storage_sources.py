@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from range_server import Handler, range_server
 
 from actors.local_storage import LocalStorage
 from actors.model_sources import SOURCE_NAME
+from actors.stopping import LATER
 from actors.store_driver import Loaded, StorageFailed
 from bus.messages import HeldModel
-from loaders import http_source, pack_checkpoint, resident_bytes, storage, verify_checkpoint
+from loaders import direct, http_source, pack_checkpoint, resident_bytes, storage, verify_checkpoint
+from loaders.packed import read_packed_header
+from loaders.shared_memory_tier import SharedMemoryTier, weights_directory
 from models.sample import make_sample
 
 WEIGHTS = "model.safetensors"
@@ -34,6 +38,13 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_sample(folder / "source", arch="llama", parameters=300_000, seed=1, dtype="float32", context=512)
     pack_checkpoint(folder / "source", folder / "packed", chunk_bytes=CHUNK_BYTES)
     return folder / "packed"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    directory = Path("/dev/shm") / f"longshore-test-{os.getpid()}-{tmp_path.name}"
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture
@@ -109,6 +120,8 @@ async def test_a_source_that_dies_midway_is_followed_by_the_next(origin: Path, m
         digest = await digest_at(well.url, tmp_path)
         loaded = await LocalStorage(models).load("m", digest, (dying.url, well.url))
         assert len(dying.seen) > 6
+        asked = [span for name, span in well.seen if name == WEIGHTS]
+        assert len(asked) < 6 + len(read_packed_header(origin / WEIGHTS).checksums), "what had come is not asked for"
     assert loaded.tier == "remote" and loaded.source == well.url
     verify_checkpoint(models / "m")
     assert [path.name for path in models.iterdir()] == ["m"]
@@ -179,6 +192,91 @@ async def test_a_cancelled_load_ends_and_leaves_nothing(
         over.set()
         assert (await here.load("m", digest, (str(origin),))).tier == "remote"
     assert not [t for t in threading.enumerate() if t.name.startswith("fetch")], threads
+
+
+async def test_a_load_that_is_cancelled_for_later_is_gone_on_with(origin: Path, models: Path, tmp_path: Path) -> None:
+    hangs, over = threading.Event(), threading.Event()
+
+    def hang(handler: Handler) -> None:
+        hangs.set()
+        over.wait(20)
+        handler.close_connection = True
+
+    digest = await digest_at(str(origin), tmp_path)
+    here = LocalStorage(models)
+    with range_server(origin, after(6, hang)) as server:
+        loading = asyncio.get_running_loop().create_task(here.load("m", digest, (server.url,)))
+        await asyncio.to_thread(hangs.wait, 10)
+        loading.cancel(LATER)
+        with pytest.raises(asyncio.CancelledError):
+            await loading
+        over.set()
+    assert await LocalStorage(models).scan() == (), "what is not whole is no model"
+    with range_server(origin) as server:
+        await LocalStorage(models).load("m", digest, (server.url,))
+        asked = [span for name, span in server.seen if name == WEIGHTS]
+    assert len(asked) < 3 + len(read_packed_header(origin / WEIGHTS).checksums)
+    assert [path.name for path in models.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("how", ["another comes", "deleted", "evicted"])
+async def test_what_broke_off_takes_no_room_from_others(how: str, origin: Path, models: Path, tmp_path: Path) -> None:
+    digest = await digest_at(str(origin), tmp_path)
+    here = LocalStorage(models)
+    gone = after(6, lambda handler: handler.answer(404, b""))
+    with range_server(origin, gone) as server, pytest.raises(StorageFailed):
+        await here.load("m", digest, (server.url,))
+    assert [path.name for path in models.iterdir()] == [".m.fetching"]
+    if how == "another comes":
+        await here.load("n", digest, (str(origin),))
+    elif how == "deleted":
+        with pytest.raises(StorageFailed, match="does not lie on this server"):
+            await here.delete("m")
+    else:
+        await here.evict("m", "ssd")
+    assert not (models / ".m.fetching").exists()
+
+
+async def test_a_remote_load_into_shared_memory_reads_nothing_from_the_ssd(
+    origin: Path, models: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    real = direct.read_some
+
+    def count(descriptor: int, memory: memoryview, offset: int) -> int:
+        read.append(Path(f"/proc/self/fd/{descriptor}").resolve())
+        return real(descriptor, memory, offset)
+
+    here = LocalStorage(models, tier=SharedMemoryTier(root))
+    with range_server(origin) as server:
+        card = (await here.find("m", server.url)).card
+        monkeypatch.setattr(direct, "read_some", count)
+        assert (await here.load("m", card.digest, (server.url,))).tier == "remote"
+    assert [path for path in read if models in path.parents] == []
+    assert await here.scan() == (HeldModel(card, "dram", server.url),)
+    verify_checkpoint(models / "m")
+    verify_checkpoint(weights_directory(root, models / "m"))
+
+
+async def test_a_prefetch_that_stands_still_holds_up_nobody_in_shared_memory(
+    origin: Path, models: Path, root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(origin, models / "later")
+    make_sample(tmp_path / "source", arch="llama", parameters=300_000, seed=2, dtype="float32", context=512)
+    pack_checkpoint(tmp_path / "source", models / "now")
+    here = LocalStorage(models, tier=SharedMemoryTier(root))
+    later, now = [(await here.find(name)).card.digest for name in ("later", "now")]
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(20):
+        with here._precedence.turn("network", urgent=True):
+            prefetch = loop.create_task(here.load("later", later, urgent=False))
+            while True:
+                await asyncio.sleep(0.001)
+                if list(root.glob(".*.loading")):
+                    break
+            await here.load("now", now)
+            assert not prefetch.done()
+        await prefetch
 
 
 async def test_an_urgent_load_goes_before_a_prefetch(origin: Path, models: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from tiny_control import card
 
 from actors.driver_core import Effect, EpochOver
+from actors.stopping import LATER
 from actors.store_driver import Loaded, StorageFailed, StoreDriver
 from actors.stub_storage import StubStorage
 from bus.messages import (
@@ -40,6 +41,7 @@ class HeldBack(StubStorage):
         self.begun: list[str] = []
         self.gates: dict[str, asyncio.Event] = {}
         self.left: list[str] = []
+        self.later: list[str] = []
 
     def gate(self, name: str) -> asyncio.Event:
         return self.gates.setdefault(name, asyncio.Event())
@@ -48,8 +50,9 @@ class HeldBack(StubStorage):
         self.begun.append(name)
         try:
             await self.gate(name).wait()
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as cancelled:
             self.left.append(name)
+            self.later += [name] if LATER in cancelled.args else []
             raise
 
     async def load(self, model: str, digest: str, sources: tuple[str, ...] = (), urgent: bool = True) -> Loaded:
@@ -163,7 +166,7 @@ async def test_a_load_under_way_is_cancelled_and_both_are_answered() -> None:
         cancel = epoch.order(CancelLoad("a", "the client left"))
         assert await epoch.answer(cancel) == LoadCancelTaken("a", True)
         assert await epoch.answer(load) == LoadFailed("a", "cancelled: the client left", cancelled=True)
-        assert storage.left == ["load a"] and storage.resident == {}
+        assert storage.left == ["load a"] and storage.later == [] and storage.resident == {}
         again = epoch.order(LoadModel("a", "d1"))
         storage.gate("load a").set()
         assert isinstance(await epoch.answer(again), ModelLoaded)
@@ -211,6 +214,7 @@ async def test_the_end_of_an_epoch_stops_everything_and_states_nothing() -> None
         await turns()
     assert epoch.answers == {}
     assert storage.left == ["load a", "load b", "evict c"]
+    assert storage.later == storage.left, "the next epoch goes on with what was fetched"
     assert len(asyncio.all_tasks()) == 1
 
 
