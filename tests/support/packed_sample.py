@@ -17,10 +17,11 @@ def pack_sample(
     arch: str = "llama",
     parameters: int = 1_500_000,
     dtype: str = "float32",
+    context: int = 512,
 ) -> Path:
     """Make a sample and pack it under `models` as the model `name`; its packed directory."""
     source = models.parent / f"source-{escape_model(name)}-{seed}"
-    make_sample(source, arch=arch, parameters=parameters, seed=seed, dtype=dtype, context=512)
+    make_sample(source, arch=arch, parameters=parameters, seed=seed, dtype=dtype, context=context)
     directory = models / escape_model(name)
     models.mkdir(parents=True, exist_ok=True)
     pack_checkpoint(source, directory)
