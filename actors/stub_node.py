@@ -1,7 +1,7 @@
 """A server without models, as a process of its own: real drivers over NATS, stub engines. For benches and tests.
 
 python -m actors.stub_node --nats URL --cell NAME [--workers 1] [--models 1] [--step-seconds 0] [--slots 64]
-    [--memory-mib 100] [--load-seconds 0]
+    [--memory-mib 100] [--load-seconds 0] [--full]
 
 With --directory DIR its models are packed files that lie there, as those of a real server; only its engines are stubs.
 """
@@ -57,6 +57,7 @@ async def run_stub_node(
     memory_mib: int = 100,
     directory: str = "",
     load_seconds: float = 0.0,
+    full: bool = False,
 ) -> None:
     """Until SIGTERM. The models are `stub`, `stub-1`, `stub-2` and so on, or those of the directory."""
     ending = asyncio.Event()
@@ -83,7 +84,7 @@ async def run_stub_node(
             index,
             memory_bytes=memory_mib * MIB,
             max_slots=slots,
-            runtime=StubRuntime(step_seconds=step_seconds),
+            runtime=StubRuntime(step_seconds=step_seconds, full=full),
             process=os.getpid(),
         )
         drivers.append(DriverShell(bus, subjects, worker, boot=lambda: secrets.token_hex(8)))
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--memory-mib", type=int, default=100)
     parser.add_argument("--directory", default="")
     parser.add_argument("--load-seconds", type=float, default=0.0)
+    parser.add_argument("--full", action="store_true")
     options = parser.parse_args()
     import uvloop
 
@@ -125,6 +127,7 @@ def main() -> None:
             memory_mib=options.memory_mib,
             directory=options.directory,
             load_seconds=options.load_seconds,
+            full=options.full,
         )
     )
 

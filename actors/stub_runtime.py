@@ -16,8 +16,9 @@ VOCABULARY = 1000
 class StubRuntime:
     """Obeys `actors.worker_runtime.WorkerRuntime`.
 
-    `refuse` maps models to the reason why they cannot be attached; `broken` maps models to the error that their next
-    step breaks off with (it is taken out then). Prompts become one token per byte.
+    `refuse` maps models to the reason why they cannot be attached; `full`: nothing can, the device has less memory than
+    was said. `broken` maps models to the error that their next step breaks off with (it is taken out then). Prompts
+    become one token per byte.
     """
 
     device = "stub"
@@ -30,7 +31,9 @@ class StubRuntime:
         attach_seconds: float = 0.0,
         prefill_chunk: int = 256,
         eos: frozenset[int] = frozenset(),
+        full: bool = False,
     ) -> None:
+        self.full = full
         self.step_seconds = step_seconds
         self.attach_seconds = attach_seconds
         self.prefill_chunk = prefill_chunk
@@ -47,6 +50,8 @@ class StubRuntime:
     ) -> Engine:
         if self.attach_seconds:
             await asyncio.sleep(self.attach_seconds)
+        if self.full:
+            raise AttachRefused("the device has no memory left", retry=True)
         reason = self.refuse.get(model)
         if reason is not None:
             raise AttachRefused(reason)

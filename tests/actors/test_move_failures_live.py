@@ -18,20 +18,24 @@ import pytest
 from bus_worlds import Proxy
 from live_cell import CELL, LiveCell, live_cell
 
+from actors.moves_watch import watch_moves
 from actors.replay import verify
 from bus.log_reading import read_to_end
 from bus.messages import (
     FactEnvelope,
+    Message,
     MigrateRequested,
     MoveEnded,
+    MoveStarted,
+    RequestPlaced,
     RequestsConfigured,
     decode_fact,
     decode_said,
-    decode_said_body,
     encode,
     kind_of,
     request_id,
 )
+from bus.sentences import read_event
 from bus.subjects import FactSubject, SaidSubject, Subjects
 
 pytestmark = pytest.mark.slow
@@ -50,6 +54,7 @@ class Moving:
         self.found: list[int] = []
         self.end = ""
         self.source, self.heir = "", ""
+        self.begun = asyncio.Event()
 
     async def read(self) -> None:
         cell = self.stage.cell
@@ -57,14 +62,28 @@ class Moving:
             assert chunk.position == len(self.found), f"{self.key}: every position once and in order"
             self.found += chunk.tokens
             self.end = chunk.end
+            if len(self.found) >= MOVE_AT:
+                self.begun.set()
             if len(self.found) >= MOVE_AT and self.stage.wanted:
                 self.stage.wanted = False
                 await self.migrate()
 
-    async def migrate(self, to: str = "") -> None:
+    async def migrate(self, to: str = "") -> int:
         message = MigrateRequested(request=self.request, to=to)
         payload = encode(FactEnvelope("operator", msgspec.Raw(encode(message))))
-        await self.stage.cell.bus.ledger.append(SUBJECTS.fact("migration", kind_of(message)), payload)
+        fact = await self.stage.cell.bus.ledger.append(SUBJECTS.fact("migration", kind_of(message)), payload)
+        return fact.sequence
+
+    async def moved(self, to: str) -> MoveEnded:
+        """Asked for, and what became of it."""
+        fact = await self.migrate(to)
+        (ended,) = [one async for one in watch_moves(self.stage.cell.bus, SUBJECTS, fact)]
+        return ended
+
+    async def placed(self) -> list[str]:
+        """The workers on which placement gave it a slot, moves apart."""
+        said = await self.stage.said(0)
+        return [one.worker for one in said if isinstance(one, RequestPlaced) and one.request == self.request]
 
 
 class Stages:
@@ -129,6 +148,11 @@ class Stages:
                         yield subject.kind, fields
         finally:
             await reader.close()
+
+    async def said(self, after: int) -> list[Message]:
+        """What stands in the ledger behind this sequence."""
+        records = await read_to_end(self.cell.bus.ledger, after + 1)
+        return [event.message for record in records if (event := read_event(SUBJECTS, record)).message is not None]
 
     # ---- what is done -----------------------------------------------------------------------------------------
 
@@ -266,12 +290,39 @@ async def test_two_change_places_again_and_again(tmp_path: Path) -> None:
             await asyncio.wait(reading, timeout=0.1)
         await asyncio.gather(*reading)
         assert first.found == second.found and first.end == second.end == "length"
-        after: list[MoveEnded] = []
-        reader = await stages.cell.bus.ledger.read([f"longshore.{CELL}.said.*.*.move.ended"])
-        for record in await reader.batch():
-            body = decode_said_body(decode_said(record.payload).body)
-            assert isinstance(body, MoveEnded)
-            after.append(body)
-        await reader.close()
+        after = [one for one in await stages.said(0) if isinstance(one, MoveEnded)]
         assert sum(one.moved for one in after) >= 4
+        await at_once_from_a_to_b_and_from_b_to_a(stages)
+        await to_where_no_memory_is_left_after_all(stages)
         await replay(stages.cell)
+
+
+async def at_once_from_a_to_b_and_from_b_to_a(stages: Stages) -> None:
+    one, other = Moving(stages, "from a", 200), Moving(stages, "from b", 200)
+    reading = [asyncio.ensure_future(moving.read()) for moving in (one, other)]
+    places = {one: "gpu/n0/0", other: "gpu/n1/0"}
+    for moving, place in places.items():
+        await moving.begun.wait()
+        if await moving.placed() != [place]:
+            assert (await moving.moved(place)).moved
+    after = (await stages.cell.bus.ledger.usage()).last_sequence
+    ended = await asyncio.gather(one.moved(places[other]), other.moved(places[one]))
+    assert [(move.moved, move.destination) for move in ended] == [(True, places[other]), (True, places[one])]
+    said = [type(message) for message in await stages.said(after)]
+    assert said.index(MoveEnded) > said.index(MoveStarted, said.index(MoveStarted) + 1), "both were on their way"
+    await asyncio.gather(*reading)
+    assert one.found == other.found and one.end == other.end == "length"
+
+
+async def to_where_no_memory_is_left_after_all(stages: Stages) -> None:
+    """Placement counts on the device's memory, and the attach finds that it is not there."""
+    await stages.cell.add_node("n2", step_seconds=0.015, full=True)
+    await stages.cell.until(lambda found: len(found["workers"]) == 3)
+    moving = Moving(stages, "nowhere", 120)
+    reading = asyncio.ensure_future(moving.read())
+    await moving.begun.wait()
+    ended = await moving.moved("n2")
+    assert (ended.moved, ended.reason) == (False, "stub: no free slot, and n2 did not start it")
+    await reading
+    assert moving.end == "length" and len(moving.found) == 120
+    assert len(await moving.placed()) == 1, "it never left"

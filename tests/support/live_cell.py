@@ -50,10 +50,12 @@ class LiveCell:
         memory_mib: int = 100,
         nats: str = "",
         load_seconds: float = 0.0,
+        full: bool = False,
     ) -> Child:
         base = ["--nats", nats or self.server.url, "--cell", CELL, "--server", server, "--workers", str(workers)]
         arguments = [*base, "--step-seconds", str(step_seconds), "--slots", str(slots), "--models", str(models)]
         arguments += ["--memory-mib", str(memory_mib), "--load-seconds", str(load_seconds)]
+        arguments += ["--full"] if full else []
         child = Child(f"node-{server}", arguments, self.folder / f"node-{server}.log", module="actors.stub_node")
         self.nodes.append(child)
         await child.start()
