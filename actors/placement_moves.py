@@ -40,7 +40,7 @@ class PlacementMoves(PlacementExchanges):
             del self.state.wishes[message.request]
             self._got_away(message.request)
             self._forget_sequence(message.request)
-            return []
+            return self._abandon_for(wish)
         kept = self.state.kept.get(message.request)
         if kept is None or kept.attempt != message.attempt:
             return None
@@ -54,6 +54,11 @@ class PlacementMoves(PlacementExchanges):
         instance.used_at = now
         self._index(kept.worker, model, instance)
         return self._use_slot(model, instance, now)
+
+    def _abandon_for(self, wish: SlotWish) -> list[To]:
+        """What starts where only this wish would have been served need not go on (rule version 4)."""
+        abandoned = self._abandon(wish.model) if self.rules >= 4 and wish.model in self.state.models else []
+        return [to for to in abandoned if self._is_allowed(to.receiver, wish)]
 
     def _vacate(self, instance: RunningInstance, request: str, attempt: int) -> None:
         """Its slot is free, unless a later attempt has taken it: it may be placed where one was kept for its move."""

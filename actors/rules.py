@@ -10,6 +10,8 @@ what stands behind it by the new one, on every replica and in every replay. So b
         those that start sooner in their place; a drain moves first what is urgent and what saves most, and who finds
         no slot then waits for one; a worker that is told to end is no death of its requests; no two attempts of a
         request have the same number, moves that came to nothing included; `self.rules >= 3`
+    version 4: what starts for a sequence that was to move there is given up when it is not to move any more, as it is
+        for a request that waits; `self.rules >= 4`
 
 Version N may be taken out, with what is its own in those places, once nobody has to decide by it any more: every cell's
 switch to a later one lies behind its oldest snapshot, and no recording from before that is to be verified by this
@@ -21,7 +23,7 @@ from __future__ import annotations
 FIRST_RULES = 1
 """In force from the beginning of a ledger on, until a fact says otherwise."""
 
-KNOWN_RULES = (1, 2, 3)
+KNOWN_RULES = (1, 2, 3, 4)
 """What this program can follow, in order; the last is the best it knows."""
 
 SENTENCES = {
@@ -30,6 +32,7 @@ SENTENCES = {
     3: "what is evicted is what costs least to bring back and is wanted latest, models may come from other servers and "
     "remote sources, and running models move away for those that start sooner in their place; a drain moves first what "
     "is urgent and what saves most, and a worker that is told to end is no death of its requests",
+    4: "what starts for answers that were to move there is given up when they end, or stay, before that",
 }
 """Per version, for people."""
 

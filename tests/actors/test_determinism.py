@@ -46,7 +46,7 @@ from actors.rules import KNOWN_RULES
 from world import World
 from bus.messages import encode
 digest, versions = hashlib.sha256(), {{1: 0}}
-for seed in range(12):
+for seed in range(16):
     world = World(random.Random(seed).randbytes(1500))
     put = world.cell.take
     def take(record):

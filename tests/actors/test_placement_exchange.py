@@ -12,6 +12,7 @@ from world import SECOND, card
 from actors.placement_exchange import HOLD_NS, MOVES_LIMIT
 from actors.placement_state import RunningInstance, Waiting
 from bus.messages import (
+    AbandonStart,
     HeldModel,
     InstanceStopped,
     ModelRemoved,
@@ -236,6 +237,31 @@ def shared(rules: int = 3, *, t: Any = "dram") -> Table:
     table.worker(T, memory=120, slots=2)
     table.now += 3 * SECOND
     return table
+
+
+@pytest.mark.parametrize("rules", [3, 4])
+def test_what_starts_for_a_move_is_given_up_with_it(rules: int) -> None:
+    table = shared(rules)
+    table.release("b2", "b")
+    table.tell(WantSlot("a1", 2, "a", S, T))
+    said = table.tell(SlotReleased("a1", 2, "a"))
+    assert [to for to in said if isinstance(to.message, AbandonStart)] == [To(T, AbandonStart("a"))] * (rules - 3)
+
+
+@pytest.mark.parametrize("other", ["moves there too", "waits", "another place"])
+def test_what_starts_for_a_move_goes_on_where_somebody_else_wants_it(other: str) -> None:
+    table = shared(4)
+    table.tell(WantSlot("a1", 2, "a", S, T))
+    if other == "moves there too":
+        table.tell(WantSlot("a2", 2, "a", S, T))
+    elif other == "waits":
+        table.actor.state.workers[S].instances["a"].slots = 1
+        table.actor._index(S, table.actor.state.models["a"], table.actor.state.workers[S].instances["a"])
+        ask(table, "a2", "a")
+    else:
+        table.actor.state.wishes["a1"].to = "u"
+    said = table.tell(SlotReleased("a1", 2, "a"))
+    assert not [to for to in said if isinstance(to.message, AbandonStart)]
 
 
 def spreads(said: list[To]) -> list[tuple[str, str, str]]:

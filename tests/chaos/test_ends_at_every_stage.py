@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from staged import LENGTH, Staged, nothing, options, plan
+from staged import LENGTH, MOVE_AT, Staged, nothing, options, plan
 
 from actors.control import LOOK_SECONDS
 from actors.placement_state import PlacementState
@@ -45,7 +45,8 @@ END = {"cancel.requested": "cancelled", "timer.fired": "deadline"}
 class Stage:
     """`kind`: the first record after which the end is ordered, so many virtual seconds later; with `position`, once
     that is durable. `held`: a worker has it by then. `others`: when further requests for the model come, in seconds
-    from `BEGIN` on; `late`: the first comes when the model is loaded; `away`: it lies on no disk of the cell."""
+    from `BEGIN` on; `late`: the first comes when the model is loaded; `away`: it lies on no disk of the cell;
+    `moved`: there is a second server, and the first is to move to it."""
 
     kind: str = ""
     delay: float = 0.0
@@ -55,6 +56,7 @@ class Stage:
     others: tuple[float, ...] = ()
     away: bool = False
     late: bool = False
+    moved: bool = False
 
 
 STAGES = {
@@ -72,7 +74,7 @@ class Ending(Staged):
     """The first request is to end at a stage. `seen`: records about it, and about models, with time and cause."""
 
     def __init__(self, options: Options, say: Any, stage: Stage, act: Callable[[Ending], None], plans: list[Plan]):
-        super().__init__(options, say, "", nothing, plans, moves=0)
+        super().__init__(options, say, "", nothing, plans, moves=int(stage.moved))
         self.at, self.what, self.done = stage, act, False
         self.seen: list[tuple[str, float, int, dict[str, Any]]] = []
         (card,) = options.models
@@ -87,7 +89,7 @@ class Ending(Staged):
 
     def _stored(self, log: str, record: Record) -> None:
         super()._stored(log, record)
-        if log == "tokens" and self.at.position and self.durable >= self.at.position:
+        if log == "tokens" and not self.at.kind and self.durable >= self.at.position:
             self._do()
         if log != "ledger":
             return
@@ -137,7 +139,7 @@ class Case:
         card = options().models[0]
         card = msgspec.structs.replace(card, context=4096)
         chosen = options(
-            servers=1,
+            servers=2 if self.stage.moved else 1,
             models=(card,),
             memory_bytes=card.weight_bytes + 4096 * card.kv_bytes_per_token,
             max_slots=1,
@@ -214,6 +216,19 @@ def test_a_load_for_it_alone_is_abandoned(away: bool, order: str) -> None:
     assert isinstance(placement, PlacementState) and isinstance(store, StoreState)
     assert not placement.workers["gpu/s0/0"].instances and not placement.servers["s0"].loading
     assert not store.models[MODEL].loading and not store.models[MODEL].leases and not store.dram_used()
+
+
+@pytest.mark.parametrize("order", END)
+def test_a_load_for_its_move_alone_is_abandoned(order: str) -> None:
+    world = ended(Stage("slot.want", 0.5, MOVE_AT, held=True, moved=True), order)
+    ((ordered, _),) = world.of(order)
+    ((cancelled, _),) = world.of("load.cancel")
+    assert cancelled - ordered <= STEP_SECONDS + WAYS_SECONDS
+    assert len(world.of("model.load")) == 2 and len(world.of("model.loaded", "model.attach")) == 2, "there and not here"
+    placement = state_at(CELL, world.observer.records, world.observer.records[-1].sequence).actors["placement"].state
+    assert isinstance(placement, PlacementState) and not placement.wishes and not placement.kept
+    assert sorted(len(worker.instances) for worker in placement.workers.values()) == [0, 1]
+    assert not any(server.loading for server in placement.servers.values())
 
 
 @pytest.mark.parametrize("order", END)
