@@ -31,10 +31,12 @@ from bus.messages import (
     DeleteModel,
     DetachModel,
     DriverLost,
+    DropSequence,
     EpochClosed,
     EvictModel,
     FactEnvelope,
     FindModel,
+    FollowSequence,
     Generation,
     HeldModel,
     LoadCancelTaken,
@@ -63,6 +65,7 @@ from bus.messages import (
     SaidEnvelope,
     SealedSequence,
     SealTokens,
+    SequenceDropped,
     SequenceFailed,
     SequenceFinished,
     SequenceProgress,
@@ -402,6 +405,10 @@ class WorkerDriver(Driver):
                 assert not any(r.start.model == model for r in self.running.values())
                 del self.attached[model]
                 self.fact(ModelDetached(model), effect.number)
+            case FollowSequence(request=request, attempt=attempt):
+                self.fact(SequenceRefused(request, attempt, "nobody is followed here", retry=True), effect.number)
+            case DropSequence(request=request, attempt=attempt):
+                self.fact(SequenceDropped(request, attempt), effect.number)
             case other:
                 raise AssertionError(f"a worker does not know {other}")
 
@@ -536,7 +543,8 @@ class World(Bench):
                 self.live.pop(body.request, None)
                 self.durable[body.request] = max(self.durable.get(body.request, 0), body.next)
             case SequenceRefused():
-                self.live.pop(body.request, None)
+                if self.live.get(body.request, ("", 0))[1] == body.attempt:  # else who was to follow it
+                    self.live.pop(body.request, None)
 
     def send(self, actor: str, kind: str, payload: bytes) -> None:
         self.sent.append((actor, kind, payload))
@@ -798,17 +806,19 @@ def _check_queues(placement: PlacementState, requests: RequestsState) -> None:
 
 
 def _check_placed(placement: PlacementState, requests: RequestsState, gpus: dict[str, GpuState]) -> None:
-    active = {
-        request: (worker, model, attempt)
+    active = sorted(
+        (request, worker, model, attempt)
         for worker, known in placement.workers.items()
         for model, instance in known.instances.items()
         for request, attempt in instance.active.items()
-    }
-    assert active == {n: (p.worker, p.model, p.attempt) for n, p in placement.placed.items()}
+    )
+    placed = {n: (p.worker, p.model, p.attempt) for n, p in placement.placed.items()}
+    kept = [(n, p.worker, p.model, p.attempt) for n, p in placement.kept.items()]
+    assert active == sorted([*((n, *place) for n, place in placed.items()), *kept])
     held = {
         one.request: (worker, one.model, one.attempt) for worker, gpu in gpus.items() for one in gpu.sequences.values()
     }
-    assert held == active, "what placement counts, runs"
+    assert held == placed, "what placement counts, runs"
     sealing = {
         one.request: (worker, one.model, one.attempt)
         for worker, gpu in gpus.items()
