@@ -247,10 +247,12 @@ def _print_status(found: dict[str, Any]) -> None:
     for control in found["controls"]:
         why = f": {control['reason']}" if control["reason"] else ""
         console.print(f"control {control['id']} (process {control['process']}) is {control['state'] or 'there'}{why}")
-    servers = Table("server", "up", "DRAM budget", "models")
+    servers = Table("server", "up", "DRAM", "models")
     for name, server in found["servers"].items():
         held = ", ".join(f"{model} ({tier})" for model, tier in server["models"].items())
-        servers.add_row(name, "yes" if server["up"] else "no", show_size(server["dram_bytes"]), held or "-")
+        dram = f"{show_size(server['dram_used_bytes'])} of {show_size(server['dram_bytes'])}"
+        dram += f" ({server['dram_tier']})" if server["dram_tier"] else ""
+        servers.add_row(name, "yes" if server["up"] else "no", dram, held or "-")
     console.print(servers)
     workers = Table("worker", "device", "process", "memory", "free", "instances")
     for name, worker in found["workers"].items():

@@ -50,19 +50,22 @@ def status_view(
         "requests": counts,
         "waiting": placement.waiting,
         "streams": {stream: _stream(usage) for stream, usage in streams.items()},
-        "servers": _servers(placement, epochs),
+        "servers": _servers(cell, placement, epochs),
         "workers": _workers(cell, placement, epochs),
         "models": [model for model, known in placement.models.items() if not known.removed],
         "moves": {model: times.described() for model, times in placement.exchange.resume.items()},
     }
 
 
-def _servers(placement: PlacementState, epochs: Mapping[str, int]) -> dict[str, Any]:
+def _servers(cell: Cell, placement: PlacementState, epochs: Mapping[str, int]) -> dict[str, Any]:
+    stores = {name: cell.actors[f"store/{name}"] for name in placement.servers if f"store/{name}" in cell.actors}
     return {
         name: {
             "up": server.up,
             "epoch": epochs.get(f"store/{name}", 0),
             "dram_bytes": server.dram_bytes,
+            "dram_used_bytes": stores[name].state.dram_used() if name in stores else 0,
+            "dram_tier": stores[name].state.dram_tier if name in stores else "",
             "ssd_bytes_per_second": server.ssd_rate,
             "remote_bytes_per_second": server.remote_rate,
             "models": {m: known.servers[name] for m, known in placement.models.items() if name in known.servers},

@@ -79,13 +79,18 @@ class LocalStorage:
     async def delete(self, model: str) -> None:
         await in_thread(self._threads, lambda stop: self._delete(model))
 
-    async def look_after(self) -> None:
-        """Once: what was pushed out of DRAM unasked is brought back, and said."""
+    async def look_after(self) -> str:
+        """Once: what was pushed out of DRAM unasked is brought back, and said. What does not lie there any more, as a
+        sentence, else empty."""
         try:
-            for said in await in_thread(self._threads, lambda stop: self._tier.look_after()):
-                logger.warning("%s", said)
+            found = await in_thread(self._threads, lambda stop: self._tier.look_after())
         except (CheckpointError, OSError) as error:
             logger.warning("what lies in DRAM cannot be looked after: %s", error)
+            return ""
+        for said in found.said:
+            logger.warning("%s", said)
+        names = ", ".join(path.name for path in found.lost)
+        return f"not in DRAM any more, though nobody evicted it: {names}" if names else ""
 
     # ---- in a thread: what there is ---------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from bus.errors import UserError
 from bus.health import Health
 from bus.jetstream import JetStreamBus
 from bus.messages import DriverLost
+from bus.sizes import show_size
 from bus.tasks import Tasks
 from loaders import CheckpointError
 from loaders.dram_tier import DramTier, choose_tier
@@ -116,6 +117,7 @@ async def run_node(options: NodeOptions) -> None:
         process=os.getpid(),
         ssd_bytes=options.ssd_bytes,
         address=served.address if served is not None else "",
+        dram_tier=tier.kind,
     )
     shell = DriverShell(bus, bus.subjects, driver, boot=lambda: secrets.token_hex(8))
     context = _context()
@@ -134,9 +136,10 @@ async def run_node(options: NodeOptions) -> None:
             supervisors = [tasks.start(worker.supervise(), worker.name) for worker in workers]
             tasks.start(_until(ending), "ending")
             tasks.start(_leave(bus, options.server), "leaving")
-            tasks.start(_look_after(storage), "looking after")
+            tasks.start(_look_after(storage, driver), "looking after")
             tasks.start(_alone(shell, options.server), "alone")
             health.reasons = lambda: obstacles(bus, shell, workers)
+            health.facts = lambda: {"dram": describe_dram(tier, options.dram_bytes)}
             if served is not None:
                 health.details["models"] = served.address
             with contextlib.suppress(_Ending):
@@ -163,10 +166,16 @@ def _choose_tier(options: NodeOptions) -> DramTier:
         raise UserError(f"--dram-tier {options.dram_tier}: {error}") from None
 
 
-async def _look_after(storage: LocalStorage) -> None:
+def describe_dram(tier: DramTier, budget: int) -> str:
+    """Which memory it is, and how much of the budget is taken."""
+    return f"{tier.description}; {show_size(tier.held_bytes)} of {show_size(budget)} are taken"
+
+
+async def _look_after(storage: LocalStorage, driver: StoreDriver) -> None:
     while True:
         await asyncio.sleep(LOOK_AFTER_SECONDS)
-        await storage.look_after()
+        if lost := await storage.look_after():
+            driver.begin_anew(lost)
 
 
 def _take_server(options: NodeOptions) -> int:

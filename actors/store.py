@@ -70,6 +70,7 @@ class Store(Actor):
         before, self.state.models = self.state.models, {}
         self.state.server, self.state.epoch = message.server, message.sequence
         self.state.dram_bytes, self.state.ssd_bytes = message.dram_bytes, message.ssd_bytes
+        self.state.dram_tier = message.dram_tier
         for held in message.models:
             known = before.pop(held.card.model, None)
             model = StoredModel(held.card, held.tier, leases={}, waiting={}, source=held.source)

@@ -88,7 +88,8 @@ class Storage(Protocol):
 class StoreDriver:
     """Obeys `actors.driver.Driver`. Its name is that of its deciding half.
 
-    `ssd_bytes`: what packed models may take of the disk, 0 for no bound; `address`: where other servers fetch them.
+    `ssd_bytes`: what packed models may take of the disk, 0 for no bound; `address`: where other servers fetch them;
+    `dram_tier`: what its DRAM is, for people.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class StoreDriver:
         process: int = 0,
         ssd_bytes: int = 0,
         address: str = "",
+        dram_tier: str = "",
     ) -> None:
         self.name = f"store/{server}"
         self._server = server
@@ -108,6 +110,13 @@ class StoreDriver:
         self._address = address
         self._storage = storage
         self._process = process
+        self._dram_tier = dram_tier
+        self._work: _Work | None = None
+
+    def begin_anew(self, reason: str) -> None:
+        """What lies here is not what was said at the beginning of the epoch: end it, the next one says what is so."""
+        if self._work is not None:
+            self._work.end(reason)
 
     async def open(self) -> Message:
         models = await self._storage.scan()
@@ -118,13 +127,15 @@ class StoreDriver:
             process=self._process,
             ssd_bytes=self._ssd_bytes,
             address=self._address,
+            dram_tier=self._dram_tier[:200],
         )
 
     async def run(self, epoch: Epoch) -> None:
-        work = _Work(self, epoch)
+        work = self._work = _Work(self, epoch)
         try:
             await work.run()
         finally:
+            self._work = None
             await work.stop()
 
     async def obey(self, message: Message) -> Message:
@@ -187,6 +198,12 @@ class _Work:
         """Until the epoch is over; raises what ended it."""
         self._tasks.start(self._take(), "takes effects")
         await self._tasks.wait()
+
+    def end(self, reason: str) -> None:
+        async def over() -> None:
+            raise EpochOver(reason)
+
+        self._tasks.spawn(over(), "ends")
 
     async def stop(self) -> None:
         self._ended = True

@@ -50,7 +50,7 @@ class StoredModel(msgspec.Struct):
 
 
 class StoreState(msgspec.Struct):
-    """`ssd_bytes` 0: no budget. Rates in bytes per second, learned from finished loads."""
+    """`ssd_bytes` 0: no budget. Rates in bytes per second, learned from finished loads. `dram_tier`: for people."""
 
     server: str = ""
     epoch: int = 0
@@ -59,6 +59,7 @@ class StoreState(msgspec.Struct):
     ssd_bytes: int = 0
     ssd_rate: int = SECOND
     remote_rate: int = SECOND // 2
+    dram_tier: str = ""
 
     def dram_used(self) -> int:
         """Bytes of DRAM that are taken or promised."""

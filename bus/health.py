@@ -38,6 +38,7 @@ Reasons = Callable[[], list[str]]
 class _Found:
     at: float
     reasons: tuple[str, ...]
+    facts: dict[str, str]
 
 
 class Health:
@@ -48,12 +49,14 @@ class Health:
         self.reasons: Reasons = lambda: ["it is starting"]
         self.details: dict[str, str] = {}
         """What else is told to whoever asks."""
-        self._found = _Found(time.monotonic(), ("it is starting",))
+        self.facts: Callable[[], dict[str, str]] = dict
+        """The same, of what changes; asked as often as the reasons."""
+        self._found = _Found(time.monotonic(), ("it is starting",), {})
         self._systemd = Systemd.from_environment()
 
     def look(self) -> None:
         """Leave what is so now. Called by the loop whose life this is about."""
-        found = _Found(time.monotonic(), tuple(self.reasons()))
+        found = _Found(time.monotonic(), tuple(self.reasons()), self.facts())
         if found.reasons != self._found.reasons:
             self._systemd.status("; ".join(found.reasons) or "ready")
         self._found = found
@@ -84,7 +87,7 @@ class Health:
             return 404, b'{"error":"use /livez or /readyz"}\n'
         reasons = self.live() if path == "/livez" else self.ready()
         word = "live" if path == "/livez" else "ready"
-        body = {"process": self.name, word: not reasons, "reasons": reasons, **self.details}
+        body = {"process": self.name, word: not reasons, "reasons": reasons, **self.details, **self._found.facts}
         return 503 if reasons else 200, json.dumps(body).encode() + b"\n"
 
     @asynccontextmanager

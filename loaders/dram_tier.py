@@ -20,7 +20,7 @@ from loaders.doctor import examine_memory
 from loaders.errors import CheckpointError
 from loaders.manifest import Manifest
 from loaders.model_copy import ModelCopy
-from loaders.page_cache_tier import PageCacheTier
+from loaders.page_cache_tier import LookedAfter, PageCacheTier
 from loaders.shared_memory_tier import SharedMemoryTier, default_root
 
 KINDS = ("auto", "page-cache", "shared-memory")
@@ -35,6 +35,11 @@ class DramTier(Protocol):
     @property
     def description(self) -> str:
         """Which kind this is and what backs it, as one sentence without a full stop."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """The same in a few words, which hold as long as this object does."""
         ...
 
     @property
@@ -77,8 +82,13 @@ class DramTier(Protocol):
         """These are all the packed models there are: let go of what a store before this one left of any other."""
         ...
 
-    def look_after(self) -> list[str]:
-        """Bring back what went away unasked; a sentence for each model that it happened to."""
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the models that count as being in memory."""
+        ...
+
+    def look_after(self) -> LookedAfter:
+        """Bring back what went away unasked."""
         ...
 
 

@@ -11,11 +11,12 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from loaders.arrival import Announcement
-from loaders.errors import CheckpointError
+from loaders.errors import CheckpointError, NoRoom
 from loaders.manifest import Manifest, read_manifest
 from loaders.mapping import FileMapping, LockRefused, cached_bytes
 from loaders.model_copy import ModelCopy
@@ -39,11 +40,19 @@ class _Held(msgspec.Struct):
     mapping: FileMapping
 
 
+class LookedAfter(NamedTuple):
+    """A sentence for each model that went away from memory unasked, and the directories of those that stay away."""
+
+    said: tuple[str, ...] = ()
+    lost: tuple[Path, ...] = ()
+
+
 class PageCacheTier:
     """Obeys `loaders.dram_tier.DramTier`. `state`: a directory of its own for the notes, made when needed; None: the
     next store believes nothing of this one."""
 
     weights_root: Path | None = None
+    kind = "page cache"
 
     def __init__(self, state: Path | None) -> None:
         self._state = state
@@ -108,10 +117,15 @@ class PageCacheTier:
             if path not in wanted:
                 path.unlink(missing_ok=True)
 
-    def look_after(self) -> list[str]:
+    @property
+    def held_bytes(self) -> int:
+        with self._lock:
+            return sum(one.mapping.bytes for one in self._held.values())
+
+    def look_after(self) -> LookedAfter:
         with self._lock:
             held = dict(self._held)
-        said = []
+        said, gone = list[str](), list[Path]()
         for directory, one in held.items():
             missing = one.mapping.bytes - one.mapping.resident_bytes()
             if missing <= 0:
@@ -121,13 +135,16 @@ class PageCacheTier:
                 if _describe(directory, read_manifest(directory).digest) != one.note:
                     continue
                 populate_checkpoint(directory, verify=True)
+                if one.mapping.resident_bytes() < one.mapping.bytes:
+                    raise NoRoom("memory does not keep them")
                 said.append(f"{lost} and are there again")
             except (CheckpointError, OSError) as error:
                 with self._lock:
                     self._held.pop(directory, None)
                 self._forget(directory)
                 said.append(f"{lost} and cannot be brought back: {error}")
-        return said
+                gone.append(directory)
+        return LookedAfter(tuple(said), tuple(gone))
 
     def _keep(self, directory: Path, digest: str) -> None:
         mapping = FileMapping(directory / WEIGHTS_NAME)

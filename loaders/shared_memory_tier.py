@@ -36,6 +36,7 @@ from loaders.mapping import FileMapping, LockRefused, drop_from_memory, is_tmpfs
 from loaders.memory import populate_pages, round_up, want_huge_pages
 from loaders.model_copy import ModelCopy
 from loaders.packed import WEIGHTS_NAME, checksum_of
+from loaders.page_cache_tier import LookedAfter
 from loaders.plan import DIRECT_BYTES, LoadPlan, Piece, plan_load
 from loaders.room import has_swap, room_in
 
@@ -97,6 +98,10 @@ class SharedMemoryTier:
         return self._root
 
     @property
+    def kind(self) -> str:
+        return "shared memory, huge pages" if self._huge else "shared memory, 4 KiB pages"
+
+    @property
     def description(self) -> str:
         pages = "huge pages" if self._huge else "4 KiB pages (mount a tmpfs with huge=advise for huge ones)"
         locked = f"not locked: {self._refused}" if self._refused else "nothing can push it out"
@@ -151,9 +156,14 @@ class SharedMemoryTier:
             if path.name not in wanted and not path.name.startswith("."):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def look_after(self) -> list[str]:
+    @property
+    def held_bytes(self) -> int:
+        with self._lock:
+            return sum({key: mapping.bytes for key, mapping in self._held.values()}.values())
+
+    def look_after(self) -> LookedAfter:
         """Nothing but an eviction takes pages from a tmpfs for good."""
-        return []
+        return LookedAfter()
 
     @contextmanager
     def filling(self, manifest: Manifest, name: str) -> Iterator[ModelCopy | None]:

@@ -30,7 +30,8 @@ class StoreStarted(Message, frozen=True, tag="store.started"):
     """A storage driver says what it found. `dram_bytes` is its budget. `sequence` is filled in by the cell.
 
     `ssd_bytes`: the budget of its disk, 0 for none. `address`: the http base address under which other servers fetch
-    its packed models (`<address>/<escaped model>` is one of them), empty for none.
+    its packed models (`<address>/<escaped model>` is one of them), empty for none. `dram_tier`: what its DRAM is, in
+    words.
     """
 
     server: Name
@@ -40,6 +41,7 @@ class StoreStarted(Message, frozen=True, tag="store.started"):
     sequence: int = 0
     ssd_bytes: Count = 0
     address: Source = ""
+    dram_tier: Annotated[str, Meta(max_length=200)] = ""
 
 
 class WorkerStarted(Message, frozen=True, tag="worker.started"):

@@ -90,6 +90,9 @@ async def test_dram_outlives_its_workers_and_its_node(tier: str, tmp_path: Path)
             undisturbed = await node.answer()
             assert undisturbed
             worker = (await node.found(WorkerStarted))[0].process
+            shown = (await cell.status())["servers"]["s1"]
+            assert shown["dram_tier"].startswith(tier.replace("-", " "))
+            assert shown["dram_used_bytes"] == (packed / "model.safetensors").stat().st_size
             place = packed if tier == "page-cache" else root
             assert str(place) in Path(f"/proc/{worker}/maps").read_text()
 

@@ -145,6 +145,8 @@ async def test_one_file_health_and_one_id_through_all_logs(tmp_path: Path) -> No
             url = f"http://127.0.0.1:{ports['gateway']}/v1/completions"
             status, answer, headers = await asyncio.to_thread(get, url, {"model": "tiny", "prompt": PROMPT})
             assert status == 200 and answer["usage"]["completion_tokens"] > 0
+            dram = (await until(ports["node"], "/readyz", 200))["dram"]
+            assert any(kind in dram for kind in ("page cache", "shared memory")) and " are taken" in dram
             assert all({"READY=1", "WATCHDOG=1"} <= set(one) for one in said.values()), said
             request = {name.lower(): value for name, value in headers.items()}["x-request-id"]
 

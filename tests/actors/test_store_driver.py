@@ -32,14 +32,19 @@ from bus.messages import (
 
 
 @contextlib.asynccontextmanager
-async def store(storage: StubStorage, *, dram_bytes: int = 2500) -> AsyncIterator[TinyControl]:
+async def store(
+    storage: StubStorage, made: list[StoreDriver] | None = None, *, dram_bytes: int = 2500
+) -> AsyncIterator[TinyControl]:
+    driver = StoreDriver("s1", dram_bytes=dram_bytes, storage=storage, process=7)
+    if made is not None:
+        made.append(driver)
     server = MemoryServer("main")
     bus = server.bus("store")
     boots = iter(f"boot-{n}" for n in range(1000))
     shell = DriverShell(
         bus,
         bus.subjects,
-        StoreDriver("s1", dram_bytes=dram_bytes, storage=storage, process=7),
+        driver,
         boot=lambda: next(boots),
     )
     async with TinyControl(server.bus("control")) as control:
@@ -108,6 +113,20 @@ async def test_effects_are_obeyed_in_order() -> None:
     assert answers[1] == ModelEvicted("a")
     assert answers[3] == LoadFailed("broken", "chunk 3 of broken is damaged", gone=True)
     assert storage.resident == {}
+
+
+async def test_what_lies_there_no_more_is_said_with_a_new_epoch() -> None:
+    storage = StubStorage((card("a"), card("b")))
+    storage.resident.update(a=True, b=True)
+    made: list[StoreDriver] = []
+    async with store(storage, made) as control:
+        (first,) = control.find(ServerReady)
+        assert isinstance(first, ServerReady) and {held.tier for held in first.models} == {"dram"}
+        del storage.resident["b"]
+        made[0].begin_anew("not in DRAM any more: b")
+        second = await control.wait(ServerReady, 2)
+        assert isinstance(second, ServerReady)
+        assert {held.card.model: held.tier for held in second.models} == {"a": "dram", "b": "ssd"}
 
 
 async def test_a_lost_store_comes_back_with_what_it_holds() -> None:

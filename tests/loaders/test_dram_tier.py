@@ -90,7 +90,8 @@ def place(tier: DramTier, packed: Path) -> Path:
 def test_what_is_brought_is_held_and_equal(make: Make, packed: Path) -> None:
     tier = make()
     assert not tier.holds(packed)
-    assert tier.bring(packed) == read_manifest(packed).bytes
+    assert tier.held_bytes == 0
+    assert tier.bring(packed) == tier.held_bytes == read_manifest(packed).bytes
     assert tier.holds(packed)
     where = place(tier, packed)
     assert FileMapping(where / WEIGHTS_NAME).resident_bytes() == read_manifest(packed).bytes
@@ -257,17 +258,50 @@ def test_locked_pages_stay_and_lost_ones_come_back(
     tier.bring(packed)
     drop_from_memory(packed / WEIGHTS_NAME)
     assert tier.holds(packed)
-    assert tier.look_after() == []
+    assert tier.look_after() == ((), ())
     tier.release(packed)
+    assert tier.held_bytes == 0
     monkeypatch.setattr("loaders.page_cache_tier.memory_room", lambda: Room(0, 10**9, "a test"))
     tier.bring(packed)
     assert "not locked" in tier.description
     # It stays mapped by nobody's page tables, so the kernel may take it.
     drop_from_memory(packed / WEIGHTS_NAME)
     assert not tier.holds(packed)
-    (said,) = tier.look_after()
-    assert "are there again" in said
+    (said,), lost = tier.look_after()
+    assert "are there again" in said and not lost
     assert tier.holds(packed)
+
+
+@pytest.mark.parametrize("reason", ["damaged", "memory does not keep them"])
+def test_what_cannot_be_brought_back_does_not_count_any_more(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    monkeypatch.setattr("loaders.page_cache_tier.memory_room", lambda: Room(0, 10**9, "a test"))
+    tier = PageCacheTier(tmp_path / "state")
+    tier.bring(packed)
+    drop_from_memory(packed / WEIGHTS_NAME)
+    if reason == "damaged":
+        changed = (packed / WEIGHTS_NAME).stat().st_mtime_ns
+        with (packed / WEIGHTS_NAME).open("r+b") as file:
+            file.seek(SIZE // 2)
+            byte = file.read(1)
+            file.seek(SIZE // 2)
+            file.write(bytes([byte[0] ^ 1]))
+            os.fsync(file.fileno())
+        os.utime(packed / WEIGHTS_NAME, ns=(changed, changed))
+        drop_from_memory(packed / WEIGHTS_NAME)
+    else:
+
+        def in_vain(directory: Path, **_: object) -> None:
+            """The pages come, and go at once."""
+
+        monkeypatch.setattr("loaders.page_cache_tier.populate_checkpoint", in_vain)
+    (said,), lost = tier.look_after()
+    assert "cannot be brought back" in said and reason in said
+    assert lost == (packed,) and tier.held_bytes == 0
+    assert tier.look_after() == ((), ()), "it is said once"
+    monkeypatch.undo()
+    assert not tier.holds(packed) and not PageCacheTier(tmp_path / "state").holds(packed)
 
 
 # ---- shared memory alone ----------------------------------------------------------------------------------------
