@@ -95,6 +95,7 @@ class _Wanted:
         self._kind = kind
         self._marks = [f'"{name}":"{request}'.encode() for name in ("request", "wanted_by")] if request else []
         self._family = f'"family":"{request}'.encode()
+        self._listed = f'"{request}'.encode()
 
     def __call__(self, record: Record) -> bool:
         if self._marks and self._family in record.payload:
@@ -106,7 +107,10 @@ class _Wanted:
             place = self._subjects.parse(record.subject)
             if place is None or not place.kind.startswith(self._kind):
                 return False
-        return not self._marks or self._family in record.payload or any(mark in record.payload for mark in self._marks)
+        if not self._marks or self._family in record.payload or any(mark in record.payload for mark in self._marks):
+            return True
+        # It names the requests that it moves in a list.
+        return record.subject.endswith(".placement.spread") and self._listed in record.payload
 
 
 def _json_line(event: Event) -> None:

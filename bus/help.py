@@ -6,7 +6,7 @@ PANELS = {
     "Ask": ("ask", "embed"),
     "Run a cell": ("up", "control", "node", "gateway", "config", "nats-config"),
     "Models": ("model", "pack", "verify", "fetch", "load"),
-    "See what happens, and why": ("status", "tail", "record", "replay"),
+    "See what happens, and why": ("status", "tail", "why", "record", "replay"),
     "Keep it going": (
         "migrate",
         "drain",
