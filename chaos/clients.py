@@ -104,7 +104,9 @@ def draw_plans(random: Random, options: Options) -> list[Plan]:
                 key=f"key-{number}",
                 model=random.choice(options.models).model,
                 prompt=REFUSED_PROMPT + prompt if random.random() < 0.03 else prompt,
-                max_tokens=random.choice((40, 80, 120, 200) if options.long_answers else (1, 5, 20, 40)),
+                max_tokens=random.choice(
+                    options.answers or ((40, 80, 120, 200) if options.long_answers else (1, 5, 20, 40))
+                ),
                 seed=random.getrandbits(31),
                 encoding=random.choice(("json", "msgpack")),
                 deadline_ms=random.randint(1, 4000) if random.random() < 0.1 else 0,

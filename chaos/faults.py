@@ -59,14 +59,16 @@ def draw_odds(random: Random) -> Odds:
 
 
 class SeededFaults:
-    """The fates of one connection. `active` false: only the latency of a calm network is left.
+    """The fates of one connection. `active` false: only the latency of a calm network is left, `slow` times that of
+    one machine.
 
     `stall` is a frozen process: what it appends and reads arrives only when that is over. (Its core messages are held
     back by whoever publishes them: late ones would hold up those of others on the way to the same subscriber.)
     """
 
-    def __init__(self, random: Random, odds: Odds) -> None:
+    def __init__(self, random: Random, odds: Odds, slow: int = 1) -> None:
         self.active = True
+        self._slow = slow
         self._random = random
         self._odds = odds
         self._stalled_until = 0.0
@@ -81,8 +83,8 @@ class SeededFaults:
 
     def append(self, log: str, subject: str, message_id: str) -> AppendFate:
         random, odds = self._random, self._odds
-        delay = self.stalled() or 0.0001 + 0.0004 * random.random()
-        answer = 0.0001 + 0.0004 * random.random()
+        delay = self.stalled() or self._latency()
+        answer = self._latency()
         if not self.active:
             return AppendFate(delay=delay, acknowledgement_delay=answer)
         if random.random() < odds.append_late:
@@ -97,19 +99,22 @@ class SeededFaults:
 
     def deliver(self, log: str, record: Record) -> float:
         random = self._random
-        delay = self.stalled() or 0.0001 + 0.0004 * random.random()
+        delay = self.stalled() or self._latency()
         if self.active and random.random() < self._odds.delivery_late:
             delay += random.random()
         return delay
 
     def core(self, subject: str) -> float | None:
         random = self._random
-        delay = 0.0001 + 0.0004 * random.random()
+        delay = self._latency()
         if self.active and random.random() < self._odds.core_lost:
             return None
         if self.active and random.random() < self._odds.core_late:
             delay += 0.3 * random.random()
         return delay
+
+    def _latency(self) -> float:
+        return self._slow * (0.0001 + 0.0004 * self._random.random())
 
     def stalled(self) -> float:
         """Seconds for which it stays frozen; 0 where it is not."""

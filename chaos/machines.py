@@ -141,7 +141,7 @@ class SimulatedStorage(StubStorage):
                 if not place or place % options.servers == number or random.random() < 0.15
             )
         else:
-            cards = tuple(card for card in options.models if number == 0 or random.random() < 0.7)
+            cards = tuple(card for card in options.models if number == 0 or random.random() < options.held)
         cards = tuple(card for card in cards if card.model not in options.sources or random.random() < 0.25)
         self._ever = {card.model: True for card in cards}
         super().__init__(cards, bytes_per_second=random.randint(100, 2000) * 1024, remote_times=options.remote_times)

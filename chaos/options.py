@@ -49,6 +49,8 @@ class Options:
     `rules`: the version that is switched to as the world begins. `sources`: models that can be fetched,
     which lie on few disks at first or on none; `ssd_bytes`: the budget of every disk, 0 for none; `serving`: servers
     fetch from each other; `remote_times`: as long a load from elsewhere takes as one from the disk.
+    `slow_links`: as long a message takes as on one machine; `held`: the share of the models that lie on the disks of
+    the servers but the first, which holds all; `answers`: how long answers may be, in tokens; empty: as usual.
     """
 
     seed: int
@@ -92,6 +94,9 @@ class Options:
     ssd_bytes: int = 0
     serving: bool = False
     remote_times: int = 1
+    slow_links: int = 1
+    held: float = 0.7
+    answers: tuple[int, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For people and for JSON: the fault kinds that are on, with their odds."""
@@ -198,12 +203,49 @@ def _roomy(options: Options) -> Options:
     )
 
 
+def soaked(seed: int) -> Options:
+    """The world of a seed of the soak: mostly one in which operators move, some in which placement does by itself."""
+    return crowded(seed) if Random(f"soaked {seed}").random() < 0.12 else moving(seed)
+
+
 def moving(seed: int) -> Options:
     """A world of long prompts and answers, of which its operators move and drain much, with deaths at any message.
 
-    Prefill is some ten times as fast per token as decoding, so catching up takes rounds. The other faults are off in
-    half of the worlds and rarer in the rest: moves that never get anywhere show nothing.
+    Prefill is some ten times as fast per token as decoding, so catching up takes rounds; in most worlds moves are made
+    to take long (`_lingering`). The other faults are off in half of the worlds and rarer in the rest: moves that never
+    get anywhere show nothing.
     """
+    options = _far(seed)
+    return _lingering(options) if Random(f"lingering {seed}").random() < 0.75 else options
+
+
+def _lingering(options: Options) -> Options:
+    """The same world such that more of a move's messages fall between its first round and the first page elsewhere.
+
+    Prompts are short and answers long, so that what is moved decodes already and goes on for as long as following it
+    takes; prefill is a few times as fast as decoding, which makes rounds; there is room at every server; and messages
+    take as long as between sites, so that others happen between those of a move.
+    """
+    random = Random(f"lingers {options.seed}")
+    return replace(
+        options,
+        held=1.0,
+        workers=2,
+        max_slots=random.randint(5, 8),
+        memory_bytes=2 * options.memory_bytes,
+        answers=(200, 300, 400),
+        eos_tokens=1,
+        longest_prompt=random.choice((100, 200)),
+        prefill_chunk=random.choice((3, 4, 6)),
+        slow_links=random.choice((1, 20, 60, 100)),
+        requests=random.randint(5, 9),
+        moves=random.choice((6, 10, 16)),
+        drains=random.choice((0, 0, 1, 2)),
+    )
+
+
+def _far(seed: int) -> Options:
+    """A world of prompts that take long to compute, and many wishes of its operators."""
     random = Random(f"moving {seed}")
     options = _roomy(_on_disks(seed))
     cards = tuple(msgspec.structs.replace(card, context=LONGEST_PROMPT + 240) for card in options.models)
@@ -255,7 +297,7 @@ def crowded(seed: int) -> Options:
         moves=random.choice((0, 0, 20)),
         scattered=True,
         rules=KNOWN_RULES[-1],
-        crash_at_move=random.choice((0.0, 0.0, 0.01)),
+        crash_at_move=random.choice((0.0, 0.01, 0.05)),
         crash_at_record=random.choice((0.0, 0.003)),
         removals=random.choice((0, 0, 1)),
     )

@@ -194,7 +194,7 @@ class World:
     def _connect(self, name: str) -> WatchedBus:
         self._lines[name] = self._lines.get(name, 0) + 1
         random = seeded("faults", self.options.seed, name, self._lines[name])
-        faults = SeededFaults(random, self.options.odds)
+        faults = SeededFaults(random, self.options.odds, self.options.slow_links)
         faults.active = self.troubled
         self._faults.append(faults)
         offset = random.randint(-50_000_000, 50_000_000) if self.troubled else 0
