@@ -116,15 +116,18 @@ class AheadModel:
         self._foreseen = False
         if not self.checkpoint.mapped:
             self.checkpoint.map_pages()
-        self._threads.submit(self.gate.open)  # before any step of it that is asked for later
+        self._threads.submit(self._open)  # before any step of it that is asked for later
         return self.instance
+
+    def _open(self) -> None:
+        self.gate.open()
+        self._arrival.close()
 
     def close(self) -> None:
         """In the thread that computes: let go of it."""
         self._foreseen = False
-        self.gate.open()
+        self._open()
         self.instance.close()
-        self._arrival.close()
 
     def _wait(self, names: list[str]) -> None:
         if self._stop.is_set():

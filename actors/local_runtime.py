@@ -85,7 +85,7 @@ class LocalRuntime:
 
     async def reset(self) -> None:
         self._expected.clear()
-        for made in self._ahead.values():
+        for made in list(self._ahead.values()):
             made.interrupt()
         # Whatever a cancelled call left in the threads is over once these return.
         try:
@@ -114,7 +114,14 @@ class LocalRuntime:
         arrival = await self._arrival(arrival_path(self._arrivals, escape_model(model)), model, expected)
         if arrival is None:
             return None
-        return await self._in(self._attaching, lambda: self._begin(model, arrival, slots, kv_bytes, context))
+        making = asyncio.ensure_future(
+            self._in(self._attaching, lambda: self._begin(model, arrival, slots, kv_bytes, context))
+        )
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            making.add_done_callback(_drop)  # the thread makes it all the same
+            raise
 
     async def _arrival(self, path: Path, model: str, expected: object) -> Arrival | None:
         began = time.monotonic()
@@ -187,6 +194,9 @@ class LocalRuntime:
             arrival.close()
             logger.info("%s is not begun ahead: %s", model, _line(error))
             return None
+        if (older := self._ahead.pop(model, None)) is not None:
+            older.interrupt()
+            self._computing.submit(older.close)
         self._ahead[model] = made
         return made
 
@@ -333,6 +343,11 @@ def _step(model: str, engine: Engine) -> StepResult:
         return StepResult(model, engine.step())
     except Exception as error:  # whatever the libraries below raise: its sequences fail, the worker goes on
         return StepResult(model, [], _line(error))
+
+
+def _drop(making: asyncio.Future[AheadModel | None]) -> None:
+    if not making.cancelled() and not making.exception() and (made := making.result()) is not None:
+        made.drop()
 
 
 def _line(error: Exception) -> str:

@@ -87,7 +87,7 @@ class Arrival:
 
     def __init__(self, descriptor: int, head: _Head, marks: mmap.mmap) -> None:
         self._descriptor = descriptor
-        self._marks = marks
+        self._marks: mmap.mmap | None = marks
         self._looked_at = 0.0
         self.digest = head.digest
         self.weights = Path(head.weights)
@@ -107,20 +107,24 @@ class Arrival:
             found = cls(descriptor, head, marks)
         except (OSError, ValueError, msgspec.DecodeError):
             pass
-        if found is None or not (found.coming or found.here):
+        if found is None:
             os.close(descriptor)
-            return None
+        elif not (found.coming or found.here):
+            found.close()
+            found = None
         return found
 
     @property
     def here(self) -> bool:
         """Whether every byte is in memory and checked."""
-        return self._marks[_HEAD_BYTES] == _HERE
+        marks = self._marks
+        return marks is not None and marks[_HEAD_BYTES] == _HERE
 
     @property
     def coming(self) -> bool:
         """Whether the load is under way; neither this nor `here`: it failed, or whoever did it is dead."""
-        if self._marks[_HEAD_BYTES] != _COMING:
+        marks = self._marks
+        if marks is None or marks[_HEAD_BYTES] != _COMING:
             return False
         now = time.monotonic()
         if now - self._looked_at >= _ALIVE_SECONDS:
@@ -135,8 +139,11 @@ class Arrival:
 
     def has(self, first: int, end: int) -> bool:
         """Whether the chunks [first, end) are in memory and checked."""
+        marks = self._marks
+        if marks is None:
+            return False
         begin = _HEAD_BYTES + 1
-        return self.here or 0 not in self._marks[begin + first : begin + end]
+        return marks[_HEAD_BYTES] == _HERE or 0 not in marks[begin + first : begin + end]
 
     def wait(self, first: int, end: int, stop: Callable[[], bool]) -> None:
         """Until the chunks [first, end) are there. Raises `Interrupted` where they never will be, or `stop()` is so."""
@@ -148,11 +155,14 @@ class Arrival:
             time.sleep(_POLL_SECONDS)
 
     def close(self) -> None:
-        """May be called twice."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-            self._marks.close()
+        """Nothing is there or comes any more. May be called twice."""
+        self._marks = None
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -13,11 +13,13 @@ import shutil
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_control import Listener, TinyControl
 
 from actors.driver import DriverShell
+from actors.local_ahead import AheadModel
 from actors.local_runtime import LocalRuntime
 from actors.local_storage import LocalStorage
 from actors.rules import KNOWN_RULES
@@ -109,6 +111,15 @@ class World:
     async def let_go(self) -> None:
         """Until nothing is left of what was begun."""
         await until(lambda: not self.runtime._ahead)
+
+
+def arrivals_open(folder: Path) -> list[str]:
+    """What this process has open of what its store tells."""
+    found = []
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.append(str(path.readlink()))
+    return [name for name in found if name.startswith(str(folder / "arriving"))]
 
 
 async def until(reached: Callable[[], bool]) -> None:
@@ -222,6 +233,33 @@ async def test_a_request_that_is_cancelled_takes_the_load_and_what_was_begun_wit
         assert not here.control.find(StartSequence)
         here.permit(10_000)
         assert await (await here.answer("r2"))[1] == undisturbed
+
+
+async def test_a_start_that_is_given_up_while_it_is_built_leaves_nothing(
+    folder: Path, undisturbed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    building, go_on = threading.Event(), threading.Event()
+
+    class SlowlyBuilt(AheadModel):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            building.set()
+            go_on.wait(20)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr("actors.local_runtime.AheadModel", SlowlyBuilt)
+    async with world(folder) as here:
+        _, answer = await here.answer("r1")
+        here.permit(8)
+        await until(building.is_set)
+        await here.control.state("requests", CancelRequested("r1"))
+        await here.control.wait(LoadFailed)
+        answer.cancel()
+        go_on.set()
+        await here.runtime._in(here.runtime._attaching, lambda: None)
+        await here.let_go()
+        here.permit(10_000)
+        assert await (await here.answer("r2"))[1] == undisturbed
+        await until(lambda: not arrivals_open(folder))
 
 
 async def test_a_worker_that_starts_anew_while_it_waits_leaves_nothing(folder: Path, undisturbed: list[int]) -> None:
