@@ -180,7 +180,7 @@ def bench_load(
             nonlocal dropped
             dropped = drop_cache(files)
             measured.append(probe.measure(files))
-            _warm_memory(tensor_bytes)
+            warm_memory(tensor_bytes)
 
         answer = run_child(name, paths, check=number == 0, before=before_cold)
         measured.append(probe.measure(files))
@@ -194,7 +194,7 @@ def bench_load(
 
         def before_warm() -> None:
             read_through(files)
-            _warm_memory(tensor_bytes)
+            warm_memory(tensor_bytes)
 
         answer = run_child(name, paths, check=False, before=before_warm)
         warm[name].append(Run(answer["bytes"] / answer["seconds"] / 1e9, 0.0))
@@ -220,7 +220,7 @@ def bench_load(
     )
 
 
-def _warm_memory(count: int) -> None:
+def warm_memory(count: int) -> None:
     """Memory that was touched just now costs nothing extra to get; memory that lay idle may be with the host."""
     MemoryPool(count)
 

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from loaders.bench_checkpoint import make_checkpoint, make_packed
-from loaders.bench_load import drop_cache, read_through
+from loaders.bench_load import drop_cache, read_through, warm_memory
 from loaders.dram_tier import DramTier
 from loaders.errors import CheckpointError
 from loaders.fetch import fetch_checkpoint
@@ -117,7 +117,10 @@ class FetchRow(msgspec.Struct, frozen=True):
 
 
 def bench_fetch(folder: Path, packed: Path, *, runs: int, tell: Tell) -> FetchRow | None:
-    """None where nginx or curl is not installed. Both end with what they wrote on the disk (fsync)."""
+    """None where nginx or curl is not installed. Both end with what they wrote in memory and on the disk (fsync).
+
+    Before each of either, as much memory was touched and freed, as before each load of this bench.
+    """
     nginx = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
     if nginx is None or shutil.which("curl") is None:
         return None
@@ -129,11 +132,13 @@ def bench_fetch(folder: Path, packed: Path, *, runs: int, tell: Tell) -> FetchRo
         for number in range(runs):
             tell(f"http from nginx, run {number + 1} of {runs}")
             shutil.rmtree(target, ignore_errors=True)
+            warm_memory(size)
             began = time.perf_counter()
             fetch_checkpoint(url, target)
             ours.append(size / (time.perf_counter() - began) / 1e9)
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir()
+            warm_memory(size)
             began = time.perf_counter()
             subprocess.run(["curl", "-s", "-o", str(target / "f"), f"{url}/{WEIGHTS_NAME}"], check=True)
             with (target / "f").open("rb") as file:

@@ -3,9 +3,8 @@
 A file that begins with the very header that the source has is taken over: each of its chunks is believed once it was
 read again and its checksum is right. So it needs no journal, and nothing done to it in between can be taken for data.
 
-How it is written, measured on ext4 with 2 GB: one thread at a time (threads that wait for each other at the file spin),
-and in whole blocks of 2 MiB, for which the kernel takes one huge page each. A process that maps the model then maps
-huge pages, too. What needs no place in the page cache is written past it.
+It is written in whole blocks of 2 MiB, for each of which the kernel takes one huge page into the page cache: a process
+that maps the model then maps huge pages, too. What needs no place in the page cache is written past it.
 """
 
 from __future__ import annotations

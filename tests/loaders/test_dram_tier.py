@@ -24,6 +24,7 @@ from loaders import CheckpointError, open_checkpoint, pack_checkpoint, read_mani
 from loaders.arrival import Announcement, Arrival
 from loaders.dram_tier import DramTier, choose_tier
 from loaders.errors import NoRoom
+from loaders.fetch import fetch_checkpoint
 from loaders.mapping import FileMapping, drop_from_memory
 from loaders.packed import WEIGHTS_NAME, checksum_of, read_packed_header
 from loaders.page_cache_tier import PageCacheTier
@@ -246,6 +247,26 @@ def test_huge_pages_are_had_where_they_are_said(make: Make, packed: Path) -> Non
     assert kind is not None
     if tier.weights_root is not None:
         assert (kind.huge_share > 0.5) == (", huge pages" in tier.description), tier.description
+
+
+def huge_share(directory: Path) -> float:
+    mapping = FileMapping(directory / WEIGHTS_NAME)
+    mapping.want_huge_pages()
+    mapping.populate(0, mapping.bytes)
+    kind = mapping.page_kind()
+    assert kind is not None
+    return kind.huge_share
+
+
+def test_what_was_fetched_has_the_huge_pages_that_there_are(source: Path, tmp_path: Path) -> None:
+    fetch_checkpoint(source, tmp_path / "models" / "fetched")
+    best = tmp_path / "best" / WEIGHTS_NAME
+    best.parent.mkdir()
+    with best.open("wb", buffering=0) as file:
+        for _ in range(12):
+            file.write(bytes(2 << 20))
+    fetched, there_are = huge_share(tmp_path / "models" / "fetched"), huge_share(best.parent)
+    assert fetched > there_are - 0.1, "chunks do not end where pages do"
 
 
 # ---- the page cache alone ---------------------------------------------------------------------------------------
