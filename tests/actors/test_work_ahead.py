@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import random
 import shutil
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -38,10 +39,11 @@ from bus.messages import (
     StartSequence,
     WorkerReady,
 )
-from loaders import pack_checkpoint
+from loaders import pack_checkpoint, read_manifest
 from loaders.arrival import Announcement
-from loaders.packed import WEIGHTS_NAME
+from loaders.packed import WEIGHTS_NAME, read_packed_header
 from loaders.page_cache_tier import PageCacheTier
+from models.contract import SequenceStart, TokenEvent
 from models.sample import make_sample
 
 PROMPT = "The harbour was quiet " * 4
@@ -180,6 +182,7 @@ async def test_the_first_layers_compute_while_the_last_are_on_their_way(folder: 
         await here.begun()
         assert not here.control.find(ModelLoaded) and not answer.done()
         made = here.runtime._ahead["m"]
+        assert made.gate.closed, "what did not come yet is waited for"
         here.permit(10_000)
         assert await answer == undisturbed
         assert here.runtime._instances["m"] is made.instance, "what was begun is what answers"
@@ -287,3 +290,47 @@ async def test_another_prompt_that_comes_first_is_answered_by_its_own(folder: Pa
         assert await first == undisturbed
         expected = await (await here.answer("r3", other))[1]
         assert await second == expected
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+async def test_nothing_is_computed_with_before_it_was_told(
+    folder: Path, undisturbed: list[int], *, damaged: bool
+) -> None:
+    """The file that bytes come to holds noise until a chunk is told; where the load fails, all of it is let go."""
+    packed = folder / "models" / "m"
+    header, whole = read_packed_header(packed / WEIGHTS_NAME), (packed / WEIGHTS_NAME).read_bytes()
+    coming = folder / "coming"
+    coming.write_bytes(b"\x41" * len(whole))
+    told = Announcement(folder / "arriving" / "m", read_manifest(packed).digest)
+    told.begin(coming, len(header.checksums))
+    runtime = LocalRuntime(folder / "models", arrivals=folder / "arriving")
+    sizes = {"slots": 2, "kv_bytes": 1 << 26, "context": 256}
+    made = await runtime.begin_ahead("m", **sizes)
+    assert made is not None and await made.foresee(ASKED) and made.wants_step
+    begun, step = made.instance.engine, asyncio.ensure_future(made.step())
+    chunks = list(range(len(header.checksums)))
+    random.Random(3).shuffle(chunks)
+    with coming.open("r+b") as file:
+        for chunk in chunks[:-1] if damaged else chunks:
+            begin, end = (header.header.data_start + place for place in header.chunk_span(chunk))
+            file.seek(begin)
+            file.write(whole[begin:end])
+            file.flush()
+            told.arrived(chunk)
+            await asyncio.sleep(0.002)
+    told.end(whole=not damaged)
+    await step
+    assert await made.arrived() is not damaged and made.wants_step is False
+    engine = await runtime.attach("m", read_manifest(packed).digest, **sizes)
+    assert (engine is begun) is not damaged
+    encoded = await runtime.encode("m", ASKED)
+    engine.admit(SequenceStart("r/1", encoded.prompt, (), encoded.sampling))
+    tokens, steps = [], 0
+    while engine.active():
+        (result,) = await runtime.step([("m", engine)])
+        assert not result.error
+        steps += 1
+        tokens += [event.token for event in result.events if isinstance(event, TokenEvent)]
+    assert tokens == undisturbed and steps == len(tokens)
+    await runtime.reset()
+    runtime.close()
