@@ -79,6 +79,9 @@ class LocalStorage:
     async def delete(self, model: str) -> None:
         await in_thread(self._threads, lambda stop: self._delete(model))
 
+    async def forget_partial(self, model: str) -> None:
+        await in_thread(self._threads, lambda stop: remove_partial(self._path(model)))
+
     async def look_after(self) -> str:
         """Once: what was pushed out of DRAM unasked is brought back, and said. What does not lie there any more, as a
         sentence, else empty."""

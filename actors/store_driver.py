@@ -84,6 +84,10 @@ class Storage(Protocol):
         """Delete it from this server. What is mapped stays valid until it is let go."""
         ...
 
+    async def forget_partial(self, model: str) -> None:
+        """Delete what a load of it that broke off has left to be gone on with."""
+        ...
+
 
 class StoreDriver:
     """Obeys `actors.driver.Driver`. Its name is that of its deciding half.
@@ -151,7 +155,11 @@ class StoreDriver:
             if isinstance(message, FindModel):
                 held = await self._storage.find(message.model, message.source)
                 return ModelFound(held.card, held.tier, held.source)
-            held = await self._storage.find(message.model)
+            try:
+                held = await self._storage.find(message.model)
+            except StorageFailed:
+                await self._storage.forget_partial(message.model)
+                raise
             if message.digest and held.card.digest != message.digest:
                 return ModelMissing(message.model, "other weights of this name lie there by now")
             await self._storage.delete(message.model)

@@ -67,6 +67,9 @@ class StubStorage:
         self.resident.pop(model, None)
         self.origins.pop(model, None)
 
+    async def forget_partial(self, model: str) -> None:
+        """A load that breaks off leaves nothing here."""
+
     def _card(self, model: str) -> ModelCard:
         card = self.cards.get(model)
         if card is None:

@@ -15,8 +15,8 @@ from range_server import Handler, range_server
 from actors.local_storage import LocalStorage
 from actors.model_sources import SOURCE_NAME
 from actors.stopping import LATER
-from actors.store_driver import Loaded, StorageFailed
-from bus.messages import HeldModel
+from actors.store_driver import Loaded, StorageFailed, StoreDriver
+from bus.messages import DeleteModel, HeldModel, ModelMissing
 from loaders import direct, http_source, pack_checkpoint, resident_bytes, storage, verify_checkpoint
 from loaders.packed import read_packed_header
 from loaders.shared_memory_tier import SharedMemoryTier, weights_directory
@@ -230,8 +230,8 @@ async def test_what_broke_off_takes_no_room_from_others(how: str, origin: Path, 
     if how == "another comes":
         await here.load("n", digest, (str(origin),))
     elif how == "deleted":
-        with pytest.raises(StorageFailed, match="does not lie on this server"):
-            await here.delete("m")
+        answer = await StoreDriver("s1", dram_bytes=1, storage=here).obey(DeleteModel("m", digest))
+        assert isinstance(answer, ModelMissing) and "does not lie on this server" in answer.reason
     else:
         await here.evict("m", "ssd")
     assert not (models / ".m.fetching").exists()
