@@ -46,6 +46,8 @@ RECORDS_SECONDS = 0.003
 """By how much records come after the effects and answers of their step. A server that fsyncs each message has handed
 the effect to its driver by then, instead of storing what nobody waits for first.
 """
+TIMER_SECONDS = 0.001
+"""How long a timer that is due is waited for at least: two clocks may differ by their rounding."""
 STANDBY_SECONDS = 0.5
 """How much later a replica that does not lead does what the leading one should have done by then."""
 
@@ -96,6 +98,7 @@ class Control:
         self._records: list[tuple[int, Said]] = []
         self._records_due: asyncio.TimerHandle | None = None
         self._timers = Timers()
+        self._next_timer: asyncio.TimerHandle | None = None
         self._reader = ResultsReader(bus, self.subjects)
         self._unshown = Unshown()
         self._seals: dict[bytes, SealTokens] = {}
@@ -144,6 +147,8 @@ class Control:
     async def _stop(self) -> None:
         if self._records_due is not None:
             self._records_due.cancel()
+        if self._next_timer is not None:
+            self._next_timer.cancel()
         await self.tasks.stop()
 
     async def leave(self) -> None:
@@ -304,6 +309,7 @@ class Control:
 
     def _follow(self, replica: Replica, step: Step, behind: bool) -> None:
         self._timers.note(step)
+        self._wake_for_timer(replica)
         for said in step.said:
             if said.receiver == "sealer":
                 self._order_seal(replica, said.payload)
@@ -368,12 +374,30 @@ class Control:
         """Timers and watch, in small regular steps; nothing that waits for long, or watch takes it for a stall."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            if replica.live:
-                for actor, message_id, payload in self._timers.fired(
-                    replica.cell, self.bus.wall(), leading=replica.leading
-                ):
-                    self.tasks.spawn(self._fire(replica, actor, message_id, payload), "timer")
+            self._fire_due(replica)
             await self.watch.look(replica.cell.order, live=replica.live)
+
+    def _fire_due(self, replica: Replica) -> None:
+        if replica.live:
+            for actor, message_id, payload in self._timers.fired(
+                replica.cell, self.bus.wall(), leading=replica.leading
+            ):
+                self.tasks.spawn(self._fire(replica, actor, message_id, payload), "timer")
+        self._wake_for_timer(replica)
+
+    def _wake_for_timer(self, replica: Replica) -> None:
+        """Be there when the next timer is due, where that is before the next look: deadlines are not to be late.
+
+        Those who do not lead wait for the look: the leader has stated the fact by then.
+        """
+        due = self._timers.next_due if replica.live and replica.leading else None
+        delay = (due - self.bus.wall()) / 1e9 if due is not None else LOOK_SECONDS
+        if self._next_timer is not None:
+            self._next_timer.cancel()
+            self._next_timer = None
+        if delay < LOOK_SECONDS:
+            loop = asyncio.get_running_loop()
+            self._next_timer = loop.call_later(max(delay, TIMER_SECONDS), self._fire_due, replica)
 
     async def _measure(self) -> None:
         """The ledger's fill. The answer may take long where the server has much to do."""

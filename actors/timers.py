@@ -38,6 +38,11 @@ class Timers:
                     sender = said.subject.split(".said.", 1)[1].split(".", 1)[0]
                     heapq.heappush(self._due, (message.due, step.sequence, said.place, sender, message.about))
 
+    @property
+    def next_due(self) -> int | None:
+        """When to look again, in nanoseconds of the wall clock; a timer that is not open any more counts, too."""
+        return self._due[0][0] if self._due else None
+
     def fired(self, cell: Cell, wall: int, *, leading: bool) -> list[tuple[str, str, bytes]]:
         """(actor, message id, payload) of the facts to state now."""
         facts = []
