@@ -141,6 +141,13 @@ def bench_start(
     threads: Annotated[
         int, typer.Option(min=0, max=1024, help="Threads of the worker; 0: the default. 1 is steadier beside others.")
     ] = 0,
+    cold: Annotated[bool, typer.Option("--cold", help="Start from the SSD, begun during and after the load.")] = False,
+    dram_tier: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND", help="With --cold, where it is brought, as `node` takes it: page-cache and so on."
+        ),
+    ] = "auto",
     folder: Annotated[
         Path | None, typer.Option("--folder", metavar="DIR", help="Where the models are made; needs twice their size.")
     ] = None,
@@ -149,26 +156,46 @@ def bench_start(
     """How long a start from DRAM takes on an idle worker: a request's first chunk, beside that of the same request on
     the running instance, and beside `from_pretrained`.
 
+    With `--cold` it lies on the SSD alone, dropped from the page cache, and the prompt has 120 words: a request's first
+    chunk where the worker begins while the model is brought to DRAM, beside that where it begins afterwards, in turn.
+
     Example: longshore bench start --sizes 1GB
+    Example: longshore bench start --cold --sizes 2GB --dram-tier page-cache --json
     """
     import tempfile
 
     import uvloop
     from rich.console import Console
 
+    from actors.bench_cold_start import bench_cold_start
     from actors.bench_start import bench_start as measure
     from bus.contract import BusError
+    from bus.errors import UserError
     from bus.sizes import parse_size
 
+    if dram_tier != "auto" and not cold:
+        raise UserError("--dram-tier is for --cold: without it the model is in DRAM before anything is measured")
     console = Console(stderr=True, highlight=False)
     found = []
     for size in sizes.split(","):
         parameters = parse_size(size, "--sizes") // 2
         with tempfile.TemporaryDirectory(prefix="longshore-bench-", dir=folder) as name:
             try:
-                found.append(uvloop.run(measure(parameters, rounds, threads, Path(name), console.print)))
+                if cold:
+                    work = bench_cold_start(parameters, rounds, threads, dram_tier, Path(name), console.print)
+                else:
+                    work = measure(parameters, rounds, threads, Path(name), console.print)
+                found.append(uvloop.run(work))
             except BusError as error:
                 raise Failure(str(error)) from None
+            except TimeoutError:
+                raise Failure("a request of the bench was not answered in time: the machine may be too busy") from None
+    if cold:
+        if json:
+            print(json_module.dumps({"sizes": found, "python": platform.python_version()}))
+        else:
+            _print_cold(found)
+        return
     if json:
         print(json_module.dumps({"sizes": found, "python": platform.python_version(), "reach": {"start_ms": 60}}))
         return
@@ -189,3 +216,22 @@ def bench_start(
             f"{one['bytes'] / 1e9:.2f} GB", *(f"{ms:.1f}" for ms in shown), "60", *(f"{ms:.1f}" for ms in others), pages
         )
     Console().print(table)
+
+
+def _print_cold(found: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "weights", "DRAM tier", "prompt", "begun", "first chunk", "range", "load", "prefill after it",
+        title="bench start --cold (milliseconds, medians)",
+    )  # fmt: skip
+    for one in found:
+        of_model = (f"{one['bytes'] / 1e9:.2f} GB", one["dram_tier"], f"{one['prompt_tokens']} tokens")
+        for way, row in one["ways"].items():
+            spread = f"{row['first_chunk_min_ms']:.0f} to {row['first_chunk_max_ms']:.0f}"
+            shown = (f"{row[name]:.0f}" for name in ("load_ms", "prefill_ms"))
+            table.add_row(*of_model, way, f"{row['first_chunk_ms']:.0f}", spread, *shown)
+    Console().print(table)
+    same = all(one["tokens_equal"] for one in found)
+    print("every start of a size gave the same tokens" if same else "NOT every start of a size gave the same tokens")

@@ -67,16 +67,7 @@ async def bench_start(
     parameters: int, rounds: int, threads: int, folder: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """One size. Makes the model under `folder`, which takes its bytes twice for a while."""
-    models = folder / "models"
-    models.mkdir(parents=True, exist_ok=True)
-    packed = models / escape_model(MODEL)
-    say(f"making a model of {parameters:,} parameters")
-    sample = folder / "sample"
-    arguments = ["--arch", "llama", "--dtype", "bfloat16", "--size", str(parameters), "--untied"]
-    await _longshore("model", "sample", str(sample), *arguments)
-    await _longshore("pack", str(sample), str(packed))
-    for path in sorted(sample.iterdir()):
-        path.unlink()
+    packed = await make_model(folder, parameters, say)
     weight_bytes = (packed / "model.safetensors").stat().st_size
     found: dict[str, Any] = {"parameters": parameters, "bytes": weight_bytes, "rounds": rounds, "threads": threads}
     size = str(weight_bytes + weight_bytes // 4 + (1 << 30))
@@ -103,6 +94,21 @@ async def bench_start(
         found[f"pretrained_{which}_ms"] = _median([one[index][0] for one in calls])
         found[f"pretrained_{which}_call_ms"] = _median([one[index][1] for one in calls])
     return found
+
+
+async def make_model(folder: Path, parameters: int, say: Callable[[str], None]) -> Path:
+    """The directory of the packed model, among the models of a cell whose data is in `folder`."""
+    models = folder / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    packed = models / escape_model(MODEL)
+    say(f"making a model of {parameters:,} parameters")
+    sample = folder / "sample"
+    arguments = ["--arch", "llama", "--dtype", "bfloat16", "--size", str(parameters), "--untied"]
+    await _longshore("model", "sample", str(sample), *arguments)
+    await _longshore("pack", str(sample), str(packed))
+    for path in sorted(sample.iterdir()):
+        path.unlink()
+    return packed
 
 
 async def first_chunk(bus: JetStreamBus) -> float:
