@@ -5,6 +5,8 @@ The lower half of `actors.placement`: nothing here decides where something start
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from actors.actor import Actor
 from actors.learning import LARGEST
 from actors.placement_sources import peers_of
@@ -133,7 +135,15 @@ class PlacementBooks(Actor):
         """One sentence where no worker that was ever up could hold it beside its server; empty where one could."""
         card = model.card
         fetched = bool(model.source or any(self.state.servers[name].address for name in model.servers))
-        holders = self.state.servers if fetched else model.servers
+        holders: Collection[str] = self.state.servers if fetched else model.servers
+        if self.rules >= 4:
+            fitting_disks = [name for name in holders if self._disk_takes(name, model)]
+            if holders and not fitting_disks:
+                return (
+                    f"{card.model} lies on no server, and on no SSD is room for its {card.weight_bytes} bytes: what "
+                    "lies there and nowhere else may not go; remove a model, or enlarge --ssd"
+                )
+            holders = fitting_disks
         servers = {name: self._takes(name, model) for name in holders}
         if servers and card.weight_bytes > max(servers.values()):
             largest = max(servers.values())
@@ -148,6 +158,12 @@ class PlacementBooks(Actor):
             f"{card.model} needs {need} bytes of device memory for its weights and one full context; "
             f"the largest worker has {largest}"
         )
+
+    def _disk_takes(self, server: str, model: KnownModel) -> bool:
+        """Whether it lies on this SSD, or the budget has room for it beside what may not go from there."""
+        found = self.state.servers[server]
+        on_ssd = model.servers.get(server, "remote") != "remote"
+        return on_ssd or not found.ssd_bytes or found.own_bytes + model.card.weight_bytes <= found.ssd_bytes
 
     def _takes(self, server: str, model: KnownModel) -> int:
         """How large this model may be there: what lies on the SSD may be streamed from it, from rule version 3 on."""

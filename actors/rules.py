@@ -32,7 +32,8 @@ SENTENCES = {
     3: "what is evicted is what costs least to bring back and is wanted latest, models may come from other servers and "
     "remote sources, and running models move away for those that start sooner in their place; a drain moves first what "
     "is urgent and what saves most, and a worker that is told to end is no death of its requests",
-    4: "what starts for answers that were to move there is given up when they end, or stay, before that",
+    4: "what starts for answers that were to move there is given up when they end, or stay, before that; "
+    "a model for which no SSD may ever have room is refused",
 }
 """Per version, for people."""
 

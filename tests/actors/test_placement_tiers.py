@@ -32,6 +32,7 @@ from bus.messages import (
     ModelLoaded,
     ModelRemoved,
     PlacementDecided,
+    PlacementRefused,
     PlaceRequest,
     RequestPlaced,
     ServerReady,
@@ -104,6 +105,30 @@ def test_sources_are_in_order_dram_then_who_serves_fewest_then_where_an_operator
     table.holds("e2", None)
     _, start = started(table.ask("r2") or table.ask("r3"))
     assert start.sources == ("http://s1/a", "http://s3/a", "http://s2/a", AT), "from s2 one fetches already"
+
+
+def test_a_model_for_which_no_disk_may_ever_have_room_is_refused_until_one_has() -> None:
+    """What fills the SSD lies nowhere else: nobody may evict it, so that the request would wait for ever."""
+    table = Tiers()
+    table.actor.rules = 4
+    table.tell(ModelAdded("a", AT))
+    own = HeldModel(card("b"), "ssd")
+    table.tell(ServerReady("s1", 1000, (HeldModel(card("a"), "remote", AT), own), 79))
+    table.worker("gpu/s1/0")
+    (refused,) = [to.message for to in table.ask("r1") if isinstance(to.message, PlacementRefused)]
+    assert refused.code == "too_large" and "--ssd" in refused.reason
+    table.tell(ModelGone("s1", "b"))
+    assert starts(table.ask("r2")) == [("gpu/s1/0", "a", ())]
+
+
+def test_a_request_that_waits_is_refused_when_the_last_disk_turns_out_to_be_taken() -> None:
+    table = Tiers()
+    table.actor.rules = 4
+    table.tell(ModelAdded("a", AT))
+    table.tell(ServerReady("s1", 1000, (HeldModel(card("a"), "remote", AT),), 79))
+    assert starts(table.ask("r1")) == [], "there is no worker yet"
+    said = table.tell(ModelHeld("s1", card("b"), "ssd"))
+    assert [to.message.request for to in said if isinstance(to.message, PlacementRefused)] == ["r1"]
 
 
 def test_the_nearest_tier_is_soonest_and_the_estimate_learns_per_server_and_tier() -> None:
