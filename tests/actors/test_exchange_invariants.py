@@ -58,6 +58,8 @@ class Play:
         self.actor.rules = 3 + seed % 2
         self.now, self.accepted, self.exchanges, self.spreads = 1, 0, 0, 0
         self.model: dict[str, str] = {}
+        self.lost: str | None = None
+        """The worker whose end is being told: moves to it have ended with it."""
         self.attempts: dict[str, int] = {}
         self.waiting: dict[str, bool] = {}
         self.running: dict[str, str] = {}
@@ -110,7 +112,8 @@ class Play:
         elif isinstance(message, PlacementRefused):
             del self.waiting[message.request]
         elif isinstance(message, MoveWanted):
-            assert message.request in self.running and message.request not in self.moving
+            _, heir = self.moving.get(message.request, (0, self.lost))
+            assert message.request in self.running and heir == self.lost, "it moves already, to a worker that lives"
             self.described[message.request] = message.to
         elif isinstance(message, SlotKept):
             self.moving[message.request] = (message.attempt, message.worker)
@@ -194,7 +197,9 @@ class Play:
         for request in lost:
             del self.running[request]
             self.described.pop(request, None)
+        self.lost = worker
         self.tell(WorkerGone(worker))
+        self.lost = None
         for request in heirs:
             if request in self.moving:
                 attempt, _ = self.moving.pop(request)
