@@ -5,8 +5,6 @@ The lower half of `actors.placement`: nothing here decides where something start
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from actors.actor import Actor
 from actors.learning import LARGEST
 from actors.placement_sources import peers_of
@@ -135,7 +133,7 @@ class PlacementBooks(Actor):
         """One sentence where no worker that was ever up could hold it beside its server; empty where one could."""
         card = model.card
         fetched = bool(model.source or any(self.state.servers[name].address for name in model.servers))
-        holders: Collection[str] = self.state.servers if fetched else model.servers
+        holders = list(self.state.servers if fetched else model.servers)
         if self.rules >= 4:
             fitting_disks = [name for name in holders if self._disk_takes(name, model)]
             if holders and not fitting_disks:
