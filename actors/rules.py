@@ -11,7 +11,8 @@ what stands behind it by the new one, on every replica and in every replay. So b
         no slot then waits for one; a worker that is told to end is no death of its requests; no two attempts of a
         request have the same number, moves that came to nothing included; `self.rules >= 3`
     version 4: what starts for a sequence that was to move there is given up when it is not to move any more, as it is
-        for a request that waits; `self.rules >= 4`
+        for a request that waits; a model that lies on no server is refused where every SSD is taken by what lies
+        nowhere else; `self.rules >= 4`
 
 Version N may be taken out, with what is its own in those places, once nobody has to decide by it any more: every cell's
 switch to a later one lies behind its oldest snapshot, and no recording from before that is to be verified by this

@@ -167,10 +167,8 @@ async def test_a_full_disk_is_said_once_and_leaves_nothing(
     assert list(models.iterdir()) == []
 
 
-@pytest.mark.parametrize("hangs_at", [0, 1, 5])
-async def test_a_cancelled_load_ends_and_leaves_nothing(
-    origin: Path, models: Path, tmp_path: Path, hangs_at: int
-) -> None:
+def hanging() -> tuple[threading.Event, threading.Event, Callable[[Handler], None]]:
+    """(it hangs, let it go on, what a server does then): a reply that does not come, and then breaks off."""
     hangs, over = threading.Event(), threading.Event()
 
     def hang(handler: Handler) -> None:
@@ -178,6 +176,14 @@ async def test_a_cancelled_load_ends_and_leaves_nothing(
         over.wait(20)
         handler.close_connection = True
 
+    return hangs, over, hang
+
+
+@pytest.mark.parametrize("hangs_at", [0, 1, 5])
+async def test_a_cancelled_load_ends_and_leaves_nothing(
+    origin: Path, models: Path, tmp_path: Path, hangs_at: int
+) -> None:
+    hangs, over, hang = hanging()
     digest = await digest_at(str(origin), tmp_path)
     threads = threading.active_count()
     with range_server(origin, after(hangs_at, hang)) as server:
@@ -195,13 +201,7 @@ async def test_a_cancelled_load_ends_and_leaves_nothing(
 
 
 async def test_a_load_that_is_cancelled_for_later_is_gone_on_with(origin: Path, models: Path, tmp_path: Path) -> None:
-    hangs, over = threading.Event(), threading.Event()
-
-    def hang(handler: Handler) -> None:
-        hangs.set()
-        over.wait(20)
-        handler.close_connection = True
-
+    hangs, over, hang = hanging()
     digest = await digest_at(str(origin), tmp_path)
     here = LocalStorage(models)
     with range_server(origin, after(6, hang)) as server:
