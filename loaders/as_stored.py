@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from math import prod
 
-import torch
-
 from loaders.conversion import ModuleState
-from loaders.dtypes import stored_shape
+from loaders.dtypes import torch_name
 from loaders.errors import CheckpointError
-from loaders.layout import layer_of
+from loaders.layout import TensorShape, layer_of
 from loaders.load import load_checkpoint
+from loaders.manifest import MANIFEST_NAME
+from loaders.packed import WEIGHTS_NAME, read_packed_header
 from loaders.source import SourceCheckpoint
 
 _EMBEDDING = re.compile(r"(^|[._])(embed|embeddings|embed_tokens|word_embeddings|wte|wpe|embed_in)([._]|$)")
@@ -24,26 +24,32 @@ _NUMBERS = re.compile(r"(\d+)")
 
 def load_stored_state(source: SourceCheckpoint) -> ModuleState:
     """The tensors of a Hugging Face directory as they are. Loads all of them into memory; CheckpointError."""
+    shapes = {record.name: TensorShape(record.name, record.dtype, record.shape) for record in source.tensors}
     loaded = load_checkpoint(source.directory)
-    tensors = {name: loaded.tensors[name] for name in sorted(loaded.tensors, key=_order)}
+    sizes = {name: loaded.tensors[name].nbytes for name in shapes if name in loaded.tensors}
+    if sizes != {name: shape.bytes for name, shape in shapes.items()}:
+        raise CheckpointError(f"{source.directory} changed while it was read; pack it again")
+    packed = (source.directory / MANIFEST_NAME).exists()
+    header = read_packed_header(source.directory / WEIGHTS_NAME) if packed else None
     architectures = source.config.get("architectures")
     model_type = source.config.get("model_type")
     named = architectures[0] if type(architectures) is list and architectures else model_type
     if type(named) is not str or type(model_type) is not str:
         raise CheckpointError(f"{source.directory / 'config.json'} names no model_type; add it and pack again")
     return ModuleState(
-        tensors=tensors,
-        aliases={},
-        original_names={},
+        tensors={name: loaded.tensors[name] for name in sorted(shapes, key=_order)},
+        aliases=dict(header.aliases) if header else {},
+        original_names=dict(header.original_names) if header else {},
         architecture=named[:256],
         model_type=model_type[:256],
-        dtype=_main_dtype(tensors),
-        parameters=sum(prod(stored_shape(tensor)) for tensor in tensors.values()),
-        layers=len({layer for name in tensors if (layer := layer_of(name))}),
+        dtype=torch_name(source.main_dtype),
+        parameters=sum(prod(shape.shape) for shape in shapes.values()),
+        layers=len({layer for name in shapes if (layer := layer_of(name))}),
         context=_number(source, "max_position_embeddings") or None,
         vocab_size=_number(source, "vocab_size"),
         kv_bytes_per_token=0,
         kind="stored",
+        shapes=shapes,
     )
 
 
@@ -52,15 +58,6 @@ def _order(name: str) -> tuple[int, list[tuple[int, str]]]:
     place = 1 if layer_of(name) else 0 if _EMBEDDING.search(name) else 2
     pieces = enumerate(_NUMBERS.split(name))
     return place, [(int(piece), "") if index % 2 else (0, piece) for index, piece in pieces]
-
-
-def _main_dtype(tensors: dict[str, torch.Tensor]) -> str:
-    """That of most bytes, as torch names it."""
-    sizes: dict[str, int] = {}
-    for tensor in tensors.values():
-        name = str(tensor.dtype).removeprefix("torch.")
-        sizes[name] = sizes.get(name, 0) + tensor.nbytes
-    return max(sizes, key=lambda name: (sizes[name], name))
 
 
 def _number(source: SourceCheckpoint, key: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -20,6 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from loaders.errors import CheckpointError, enumerate_some, quote
 from loaders.first_use import probe_forward
+from loaders.layout import TensorShape
 from loaders.source import SourceCheckpoint
 
 _MODULE_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -44,6 +45,8 @@ class ModuleState:
     kv_bytes_per_token: int
     kind: Literal["decoder", "encoder", "stored"] = "decoder"
     """`encoder`: it has no language-model head and makes embeddings only. `stored`: nobody looked what it is."""
+    shapes: Mapping[str, TensorShape] = field(default_factory=dict)
+    """Dtype and shape as safetensors names them, of tensors for which torch's own do not tell."""
 
 
 class Examiner(Protocol):

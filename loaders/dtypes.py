@@ -1,4 +1,4 @@
-"""The dtypes of safetensors as torch has them."""
+"""The dtypes of safetensors as torch has them. What torch has no dtype for is shown as the bytes that hold it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ from types import MappingProxyType
 
 import torch
 
+from loaders.header import DTYPE_BITS
+
+SHOWN_AS_BYTES = MappingProxyType({"F6_E2M3": "float6_e2m3fn", "F6_E3M2": "float6_e3m2fn"})
+"""Four elements in three bytes; the names are those that other libraries use."""
 DTYPE_OF_NAME = MappingProxyType(
     {
         "BOOL": torch.bool,
         "U8": torch.uint8,
         "I8": torch.int8,
         "F4": torch.float4_e2m1fn_x2,
+        "F6_E2M3": torch.uint8,
+        "F6_E3M2": torch.uint8,
         "F8_E4M3": torch.float8_e4m3fn,
         "F8_E5M2": torch.float8_e5m2,
         "F8_E8M0": torch.float8_e8m0fnu,
@@ -30,7 +36,12 @@ DTYPE_OF_NAME = MappingProxyType(
         "C64": torch.complex64,
     }
 )
-NAME_OF_DTYPE = MappingProxyType({dtype: name for name, dtype in DTYPE_OF_NAME.items()})
+NAME_OF_DTYPE = MappingProxyType({dtype: name for name, dtype in DTYPE_OF_NAME.items() if name not in SHOWN_AS_BYTES})
+
+
+def torch_name(dtype: str) -> str:
+    """`bfloat16` for `BF16`: as torch calls it, or as it would."""
+    return SHOWN_AS_BYTES.get(dtype) or str(DTYPE_OF_NAME[dtype]).removeprefix("torch.")
 
 
 def view_elements(data: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -39,8 +50,9 @@ def view_elements(data: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> tor
 
 
 def torch_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """`shape` in elements as torch counts it: two of F4 are one element of torch, along the last dimension."""
-    return (*shape[:-1], shape[-1] // 2) if dtype == "F4" else shape
+    """`shape` as torch counts it: elements of less than a byte are counted in bytes, along the last dimension."""
+    bits = DTYPE_BITS[dtype]
+    return (*shape[:-1], shape[-1] * bits // 8) if bits < 8 else shape
 
 
 def stored_shape(tensor: torch.Tensor) -> tuple[int, ...]:

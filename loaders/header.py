@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import gcd
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,6 +30,8 @@ OFFSET_LIMIT = 1 << 62
 DTYPE_BITS: Mapping[str, int] = MappingProxyType(
     {
         "F4": 4,
+        "F6_E2M3": 6,
+        "F6_E3M2": 6,
         "BOOL": 8,
         "U8": 8,
         "I8": 8,
@@ -183,8 +186,12 @@ def _parse_record(name: str, entry: Any, path: Path) -> TensorRecord:
     if type(offsets) is not list or len(offsets) != 2 or not all(_is_offset(offset) for offset in offsets):
         raise CheckpointError(f"{where} has data_offsets that are not two byte positions")
     begin, end = offsets
-    if dtype == "F4" and (not shape or shape[-1] % 2):
-        raise CheckpointError(f"{where} has an odd last dimension, though two elements of F4 share a byte")
+    row, bits = shape[-1] if shape else 1, DTYPE_BITS[dtype]
+    if row * bits % 8:
+        raise CheckpointError(
+            f"{where} has rows of {row} elements of {bits} bits, which end within a byte; pad its last dimension to a "
+            f"multiple of {8 // gcd(bits, 8)}"
+        )
     expected = bytes_of(dtype, shape)
     if expected > OFFSET_LIMIT:
         raise CheckpointError(f"{where} has a shape larger than any file")

@@ -71,7 +71,7 @@ def pack_checkpoint(
         from loaders.conversion import load_module_state
 
         state = load_module_state(found, examiner)
-    records = arrange([_shape_of(name, tensor) for name, tensor in state.tensors.items()])
+    records = arrange([state.shapes.get(name) or _shape_of(name, tensor) for name, tensor in state.tensors.items()])
     data_bytes = records[-1].end
     chunks = -(-data_bytes // chunk_bytes)
     region_bytes = len(compose_packed_region(records, chunk_bytes, [0] * chunks, state.aliases, state.original_names))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from loaders import CheckpointError, Manifest
-from loaders.header import DTYPE_BITS, HEADER_LIMIT_BYTES, parse_region, read_header
+from loaders.header import DTYPE_BITS, HEADER_LIMIT_BYTES, bytes_of, parse_region, read_header
 from loaders.packed import checksum_of, parse_packed_region, read_packed_header
 
 SOME = Path("some.safetensors")
@@ -44,8 +44,11 @@ def entry(begin: Any, end: Any, dtype: Any = "U8", shape: Any = None) -> dict[st
         ({"a": entry(0, 16, dtype="F32")}, "needs 64 bytes"),
         ({"a": entry(0, 16, dtype="F31")}, "unknown dtype"),
         ({"a": entry(0, 16, dtype=["F32"])}, "unknown dtype"),
-        ({"a": entry(0, 16, dtype="F4", shape=[32, 1])}, "odd last dimension"),
-        ({"a": entry(0, 16, dtype="F4", shape=[])}, "odd last dimension"),
+        ({"a": entry(0, 16, dtype="F4", shape=[32, 1])}, "rows of 1 elements of 4 bits"),
+        ({"a": entry(0, 16, dtype="F4", shape=[])}, "multiple of 2"),
+        ({"a": entry(0, 15, dtype="F6_E2M3", shape=[10, 2])}, "rows of 2 elements of 6 bits"),
+        ({"a": entry(0, 15, dtype="F6_E3M2", shape=[])}, "multiple of 4"),
+        ({"a": entry(0, 16, dtype="F6_E3M2", shape=[5, 4])}, "needs 15 bytes"),
         ({"a": entry(0, 16, dtype="F4", shape=[2, 32])}, "needs 32 bytes"),
         ({"a": entry(0, 16, shape=[2**40, 2**40])}, "larger than any file"),
         ({"a": entry(0, 2**70)}, "sizes"),
@@ -110,12 +113,18 @@ entries = st.one_of(
         }
     ),
     st.builds(lambda begin, size: entry(begin, begin + size), st.integers(0, 48), st.integers(0, 32)),
+    st.builds(
+        lambda dtype, shape: {"dtype": dtype, "shape": shape, "data_offsets": [0, bytes_of(dtype, shape)]},
+        st.sampled_from(["F4", "F6_E2M3", "F6_E3M2"]),
+        st.lists(st.integers(0, 8), max_size=3),
+    ),
     numbers,
 )
 
 
 @given(st.dictionaries(st.sampled_from(["a", "b", "c", "__metadata__"]), entries), st.integers(0, 80))
 @example({"a": entry(0, 16), "b": entry(16, 16, shape=[0]), "c": entry(16, 32)}, 32)
+@example({"a": entry(0, 6, "F6_E2M3", [2, 4]), "b": entry(6, 9, "F6_E3M2", [4]), "c": entry(9, 13, "F4", [8])}, 13)
 @settings(max_examples=150, deadline=None)
 def test_what_is_accepted_other_readers_accept(document: dict[str, Any], data_bytes: int) -> None:
     region = region_of(document)
