@@ -3,14 +3,13 @@
     with load_checkpoint("packed/qwen3") as loaded:
         tensors, report = loaded.tensors, loaded.report
 
-Threads take piece after piece: read, then check while it is warm in the cache. Both run without the interpreter lock.
+Threads take piece after piece: some read, one in two cores checks what was read. Both run without the interpreter lock.
 Pieces come in the order of first use, so that computing may begin before the end (`CheckpointLoad.wait`).
 """
 
 from __future__ import annotations
 
 import functools
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -26,20 +25,16 @@ from loaders.errors import CheckpointError
 from loaders.memory import MemoryPool
 from loaders.packed import checksum_of
 from loaders.plan import LoadPlan, plan_load
-from loaders.read_threads import URGENT, ReadThreads
+from loaders.read_threads import URGENT, Check, ReadThreads
 from loaders.staging import StagingRing
 from loaders.targets import HostTarget, LoadTarget
 
 READ_THREADS = 16
-"""Four times what keeps a disk busy: the others check what they read, or wait for their turn to."""
-CHECKS_AT_ONCE = max(1, len(os.sched_getaffinity(0)) // 2)
-"""Hashing takes memory bandwidth that reading needs: measured on two cores, two hashes at once take a fifth more
-processor time than one after the other, and a load gets 2 % longer. One core hashes 15 GB/s or more from memory."""
+"""Four times what keeps a disk busy: some check what was read, and short reads leave gaps."""
 SLOW_DISK_BYTES_PER_SECOND = 1e9
 """A disk below this is worth a word: any NVMe reads faster."""
 
 Progress = Callable[[int, int], None]
-_checking = threading.Semaphore(CHECKS_AT_ONCE)
 
 
 class StageReport(msgspec.Struct, frozen=True):
@@ -111,7 +106,7 @@ class CheckpointLoad:
         self._threads = max(1, min(threads.threads, len(plan.pieces)))
         self._left = len(plan.pieces)
         for index in range(len(plan.pieces)):
-            threads.submit(priority, functools.partial(self._piece, index))
+            threads.submit(priority, functools.partial(self._read, index))
         if own:
             threads.close()
         try:
@@ -170,35 +165,58 @@ class CheckpointLoad:
 
     # ---- threads ----------------------------------------------------------------------------------------------
 
-    def _piece(self, index: int) -> None:
-        error: BaseException | None = None
-        began = read = time.perf_counter()
-        checking = 0.0
-        if self._error is None:
+    def _read(self, index: int) -> Check | None:
+        """Read one piece. What comes back checks it and hands it on."""
+        if self._error is not None:
+            self._ended(index)
+            return None
+        piece = self._plan.pieces[index]
+        try:
+            memory = self._target.room(index)
+            began = time.perf_counter()
             try:
-                piece = self._plan.pieces[index]
-                memory = self._target.room(index)
-                try:
+                self._files[piece.file].read(memory, piece.offset, piece.count)
+            except BaseException:
+                self._target.dropped(index)
+                raise
+        except BaseException as error:
+            self._ended(index, error)
+            return None
+        seconds = time.perf_counter() - began
+        return functools.partial(self._check, index, memory, seconds)
+
+    def _check(self, index: int, memory: memoryview, read_seconds: float) -> None:
+        piece = self._plan.pieces[index]
+        seconds = 0.0
+        if self._error is not None:
+            self._target.dropped(index)
+            self._ended(index)
+            return
+        try:
+            try:
+                if piece.checksum is not None:
                     began = time.perf_counter()
-                    self._files[piece.file].read(memory, piece.offset, piece.count)
-                    read = time.perf_counter()
-                    if piece.checksum is not None:
-                        with _checking:
-                            began_check = time.perf_counter()
-                            found = checksum_of(memory[: piece.count])
-                            checking = time.perf_counter() - began_check
-                        if found != piece.checksum:
-                            raise CheckpointError(
-                                f"{self._plan.files[piece.file]}: {self._plan.describe(index)} is damaged (its "
-                                "checksum differs); pack or copy the checkpoint again"
-                            )
-                except BaseException:
-                    self._target.dropped(index)
-                    raise
-                self._target.arrived(index)
-            except BaseException as raised:
-                error = raised
-        ended = time.perf_counter()
+                    found = checksum_of(memory[: piece.count])
+                    seconds = time.perf_counter() - began
+                    if found != piece.checksum:
+                        raise CheckpointError(
+                            f"{self._plan.files[piece.file]}: {self._plan.describe(index)} is damaged (its checksum "
+                            "differs); pack or copy the checkpoint again"
+                        )
+            except BaseException:
+                self._target.dropped(index)
+                raise
+            self._target.arrived(index)
+        except BaseException as error:
+            self._ended(index, error)
+            return
+        self._ended(index, None, read_seconds, seconds)
+
+    def _ended(
+        self, index: int, error: BaseException | None = None, read_seconds: float = 0.0, check_seconds: float = 0.0
+    ) -> None:
+        """No thread has to do with the piece any more."""
+        now = time.perf_counter()
         with self._changed:
             self._left -= 1
             if error is not None:
@@ -206,11 +224,11 @@ class CheckpointLoad:
             elif self._error is None:
                 self._done[index] = True
                 self._done_bytes += self._plan.pieces[index].count
-                self._read_seconds += read - began
-                self._check_seconds += checking
+                self._read_seconds += read_seconds
+                self._check_seconds += check_seconds
                 if self._progress is not None:
                     self._progress(self._done_bytes, self._plan.bytes)
-            self._ended_at = ended
+            self._ended_at = now
             self._changed.notify_all()
 
     def _fail(self, error: BaseException) -> None:
