@@ -84,6 +84,8 @@ class ReadThreads:
                     self._checking += 1
                 elif self._reads:
                     priority, number, read = heapq.heappop(self._reads)
+                    if not self._reads:  # More of them may check from now on.
+                        self._changed.notify_all()
                 else:
                     self._started -= 1
                     return
