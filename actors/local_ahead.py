@@ -7,6 +7,7 @@ of it is seen before the cell has the model attached: what fails until then is a
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import threading
 from collections.abc import Awaitable, Callable
@@ -31,7 +32,8 @@ logger = logging.getLogger("longshore.worker")
 class AheadModel:
     """Obeys `actors.worker_runtime.AheadModel`. `threads` is where steps are computed, one after the other.
 
-    Made in a thread; raises what reading and building a model raises.
+    `directory` is the model's own; where the arrival names another one, all is read there until it is done. Made in a
+    thread; raises what reading and building a model raises.
     """
 
     def __init__(
@@ -51,13 +53,17 @@ class AheadModel:
         self._threads = threads
         self._encode, self._let_go = encode, let_go
         self._stop = threading.Event()
-        self.checkpoint = ArrivingCheckpoint(directory, arrival)
+        files = arrival.directory or directory
+        self.checkpoint = ArrivingCheckpoint(files, arrival)
         manifest, tensors = self.checkpoint.manifest, self.checkpoint.tensors
         encoder = manifest.kind == "encoder"
         if prepared is not None and prepared[0] == manifest:
             made = prepared[1]
         else:
-            made = prepare(directory, tensors, encoder=encoder)
+            # Errors name the model, wherever it stood when it was read.
+            made = dataclasses.replace(prepare(files, tensors, encoder=encoder), directory=directory)
+        # A file that was not there any more may have been taken for one that the model does not have.
+        arrival.check_in_place()
         self.instance: Instance = load_instance(
             directory,
             tensors,

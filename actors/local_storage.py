@@ -209,13 +209,24 @@ class LocalStorage:
         try:
             with self._precedence.turn("network", urgent=urgent) as turn:
                 before = functools.partial(_wait, turn.wait, stop)
-                fetch_model(model, path, digest, sources, before, stop, self._tier.filling)
+                adopted = fetch_model(
+                    model,
+                    path,
+                    digest,
+                    sources,
+                    before,
+                    stop,
+                    self._tier.filling,
+                    functools.partial(self._told, model, digest),
+                    functools.partial(self._tier.adopt, path),
+                    told_of_file=self._tier.weights_root is None,
+                )
         except Stopped:
             if not stop.later:
                 remove_partial(path)
             raise
         card = self._card(model)
-        if not self._tier.adopt(self._path(model)):
+        if not adopted:
             self._load_from_ssd(model, digest, (), urgent, stop)
         return Loaded(card.weight_bytes, "remote", sources[-1])
 

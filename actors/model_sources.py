@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from actors.stopping import Stop
 from actors.store_driver import StorageFailed
 from loaders import CheckpointError, Manifest
+from loaders.arrival import Announcement
 from loaders.errors import DestinationBusy, DiskFull, NoRoom
 from loaders.fetch import Fetch, Filling, look_at_source, read_companion
 from loaders.reading import read_bounded
@@ -58,10 +60,15 @@ def fetch_model(
     before: Callable[[], None],
     stop: Stop,
     filling: Filling,
-) -> None:
-    """Fetch it from the first of the sources that gives these very weights, whole or not at all.
+    telling: Callable[[], AbstractContextManager[Announcement]],
+    adopt: Callable[[], bool],
+    *,
+    told_of_file: bool,
+) -> bool:
+    """Fetch it from the first of the sources that gives these very weights, whole or not at all; what `adopt` says.
 
-    Each source goes on where the one before it stopped. `filling`: see `loaders.fetch.Fetch`.
+    Each source goes on where the one before it stopped, and is told of by an announcement of its own. `filling` and
+    `told_of_file`: see `loaders.fetch.Fetch`.
 
     Raises `StorageFailed`, which says what was wrong with each, `DestinationBusy`, or `Stopped`.
     """
@@ -72,13 +79,26 @@ def fetch_model(
         stop.check()
         try:
             source = open_source(check_address(address), hurry=address != tried[-1])
-            fetch = Fetch(source, destination, digest=digest, before=before, beside=beside, filling=filling)
+            with telling() as told:
+                fetch = Fetch(
+                    source,
+                    destination,
+                    digest=digest,
+                    before=before,
+                    beside=beside,
+                    filling=filling,
+                    told=told,
+                    told_of_file=told_of_file,
+                )
 
-            def interrupt(fetch: Fetch = fetch) -> None:
-                fetch.cancel(keep=stop.later)
+                def interrupt(fetch: Fetch = fetch) -> None:
+                    fetch.cancel(keep=stop.later)
 
-            with stop.interrupting(interrupt):
-                report = fetch.run()
+                with stop.interrupting(interrupt):
+                    report = fetch.run()
+                adopted = adopt()
+                if not adopted:
+                    told.end(whole=False)
             logger.info(
                 "%s came from %s at %.2f GB/s, %.0f MB of it had come before",
                 model,
@@ -86,7 +106,7 @@ def fetch_model(
                 report.gigabytes_per_second,
                 report.kept_bytes / 1e6,
             )
-            return
+            return adopted
         except DestinationBusy:
             raise
         except (DiskFull, NoRoom) as full:

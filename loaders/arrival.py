@@ -36,6 +36,8 @@ class _Head(msgspec.Struct, frozen=True):
     digest: str
     weights: str
     chunks: int
+    directory: str = ""
+    inode: int = 0
 
 
 class Announcement:
@@ -47,11 +49,14 @@ class Announcement:
         self._descriptor = -1
         self._marks: mmap.mmap | None = None
 
-    def begin(self, weights: Path, chunks: int) -> None:
-        """The bytes of the packed file come to `weights`, which exists and has its length."""
+    def begin(self, weights: Path, chunks: int, directory: Path | None = None) -> None:
+        """The bytes of the packed file come to `weights`, which exists and has its length. `directory` has all the rest
+        of the model, checked, where that does not lie at its own place yet.
+        """
         if self._path is None:
             return
-        head = msgspec.json.encode(_Head(self._digest, str(weights), chunks))
+        place = ("", 0) if directory is None else (str(directory), directory.stat().st_ino)
+        head = msgspec.json.encode(_Head(self._digest, str(weights), chunks, *place))
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +88,11 @@ class Announcement:
 
 
 class Arrival:
-    """A load that is under way, as a worker sees it. `weights`: the file whose bytes are coming."""
+    """A load that is under way, as a worker sees it.
+
+    `weights`: the file whose bytes are coming. `directory`: where manifest, header and the files beside the weights are
+    meanwhile; None: at the model's own place.
+    """
 
     def __init__(self, descriptor: int, head: _Head, marks: mmap.mmap) -> None:
         self._descriptor = descriptor
@@ -92,6 +101,8 @@ class Arrival:
         self.digest = head.digest
         self.weights = Path(head.weights)
         self.chunks = head.chunks
+        self.directory = Path(head.directory) if head.directory else None
+        self._inode = head.inode
 
     @classmethod
     def find(cls, path: Path) -> Arrival | None:
@@ -136,6 +147,20 @@ class Arrival:
                 fcntl.flock(self._descriptor, fcntl.LOCK_UN)
                 return False
         return True
+
+    def check_in_place(self) -> None:
+        """What was read below `directory` until now was all of this load. Raises CheckpointError where it may be not.
+
+        When the load is done its directory gets another name, and what stood under that before may stand here.
+        """
+        if self.directory is None:
+            return
+        try:
+            moved = self.directory.stat().st_ino != self._inode
+        except OSError:
+            moved = True
+        if moved:
+            raise CheckpointError(f"{self.directory} was moved while it was read")
 
     def has(self, first: int, end: int) -> bool:
         """Whether the chunks [first, end) are in memory and checked."""

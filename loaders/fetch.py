@@ -25,6 +25,7 @@ from pathlib import Path
 import msgspec
 
 from loaders import storage
+from loaders.arrival import Announcement
 from loaders.destination import check_replaceable, check_space
 from loaders.errors import CheckpointError, DestinationBusy
 from loaders.header import HEADER_LIMIT_BYTES
@@ -136,17 +137,22 @@ class Fetch:
         before: Callable[[], None] | None = None,
         beside: Mapping[str, bytes] | None = None,
         filling: Filling | None = None,
+        told: Announcement | None = None,
+        told_of_file: bool = False,
     ) -> None:
         """`digest`, if given, is that of the very weights wanted: others are refused.
 
         `before()` is called by each thread before its next chunk: it may wait, and what it raises ends all. `beside`
         are small files of the fetcher's own, committed with the rest. `filling` gives memory of a DRAM tier to put the
-        weights into on their way, if there is any to spare.
+        weights into on their way, if there is any to spare. `told` hears of every chunk that is in that memory and was
+        checked or, with `told_of_file`, in the page cache. It hears the end from here where that memory is not kept,
+        else from the caller, after `run`.
         """
         self._source, self._destination = source, Path(destination)
         self._keep, self._digest, self._progress = keep_in_memory, digest, progress
         self._before, self._beside = before, dict(beside or {})
         self._filling = filling
+        self._told, self._told_of_file = told, told_of_file
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._unwanted = self._resumed = False
@@ -186,8 +192,11 @@ class Fetch:
             with self._dram(manifest) as copy:
                 synced = self._to_destination(manifest, file, region, packed, companions, before, copy)
                 if copy is not None:
-                    with contextlib.suppress(CheckpointError):  # the SSD has it all the same
+                    try:
                         copy.finish(self._destination)
+                    except CheckpointError:  # the SSD has it all the same
+                        if self._told is not None:
+                            self._told.end(whole=False)
         finally:
             file.close()
         return self._report(manifest, file, time.perf_counter() - began, synced)
@@ -207,18 +216,19 @@ class Fetch:
             if before != manifest.digest == _digest_at(self._destination):
                 raise DestinationBusy(f"another process has just fetched {self._destination}; look at it again")
             _clear(temporary)
-            synced = self._weights(file, packed, region, temporary / WEIGHTS_NAME, copy)
+            # Whoever begins before the end reads these while the weights come.
             for name, content in (companions | self._beside).items():
                 (temporary / name).parent.mkdir(exist_ok=True)
                 storage.write_file(temporary / name, content)
             said = self._source.read_small(MANIFEST_NAME, MANIFEST_LIMIT_BYTES)
+            self._check_same_manifest(said, manifest)
             storage.write_file(temporary / MANIFEST_NAME, said)
-            self._check_same_manifest(temporary, manifest)
+            synced = self._weights(file, packed, region, temporary / WEIGHTS_NAME, copy)
+            self._check_same_manifest(self._source.read_small(MANIFEST_NAME, MANIFEST_LIMIT_BYTES), manifest)
         return synced
 
-    def _check_same_manifest(self, temporary: Path, manifest: Manifest) -> None:
-        now = parse_manifest((temporary / MANIFEST_NAME).read_bytes(), f"{self._source.name}/{MANIFEST_NAME}")
-        if now != manifest:
+    def _check_same_manifest(self, said: bytes, manifest: Manifest) -> None:
+        if parse_manifest(said, f"{self._source.name}/{MANIFEST_NAME}") != manifest:
             raise CheckpointError(f"{self._source.name} changed while it was fetched; fetch it again")
 
     @contextlib.contextmanager
@@ -244,6 +254,9 @@ class Fetch:
             if copy is not None:
                 copy.memory(0, len(region))[: len(region)] = region
             where = _ring(threads, packed) if copy is None else copy.memory
+            if self._told is not None and (copy is not None or self._told_of_file):
+                weights = path if copy is None else copy.path
+                self._told.begin(weights, len(packed.checksums), directory=path.parent)
 
             def handle(chunk: int) -> None:
                 self._chunk(file, packed, chunk, where, partial)
@@ -284,6 +297,8 @@ class Fetch:
         if not kept:
             partial.write(memory, offset, count)
         written = time.perf_counter()
+        if self._told is not None:
+            self._told.arrived(chunk)
         with self._lock:
             self._seconds["read"] += read - began
             self._seconds["checksum"] += checked - read

@@ -32,7 +32,8 @@ _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, 
 class PartialFile:
     """`region` is everything in front of the data. Safe to use from several threads; errors of the disk are OSErrors.
 
-    `cached`: what is written stays in the page cache. `resumed`: an earlier fetch has left something.
+    The file has its length from the beginning; what has not come is a hole. `cached`: what is written stays in the page
+    cache. `resumed`: an earlier fetch has left something.
     """
 
     def __init__(self, path: Path, region: bytes, file_bytes: int, *, cached: bool) -> None:
@@ -50,6 +51,7 @@ class PartialFile:
             self._left = None
         self._cached = cached
         try:
+            os.ftruncate(self._descriptor, file_bytes)
             if not cached:
                 self._direct = storage.open_direct(path)
             if not self.resumed and cached:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import random
 import shutil
 import threading
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from range_server import Handler, range_server
 from tiny_control import Listener, TinyControl
 
 from actors.driver import DriverShell
@@ -31,7 +33,9 @@ from bus.messages import (
     CancelRequested,
     Generation,
     LoadFailed,
+    ModelAdded,
     ModelAttached,
+    ModelFound,
     ModelLoaded,
     RequestEnded,
     RulesActivated,
@@ -43,6 +47,7 @@ from loaders import pack_checkpoint, read_manifest
 from loaders.arrival import Announcement
 from loaders.packed import WEIGHTS_NAME, read_packed_header
 from loaders.page_cache_tier import PageCacheTier
+from loaders.shared_memory_tier import SharedMemoryTier
 from models.contract import SequenceStart, TokenEvent
 from models.sample import make_sample
 
@@ -71,14 +76,15 @@ class SlowTier(PageCacheTier):
 class World:
     """One server with one worker and its control."""
 
-    def __init__(self, folder: Path, *, ahead: bool = True) -> None:
+    def __init__(self, folder: Path, *, ahead: bool = True, shared: Path | None = None) -> None:
         server = MemoryServer("main")
         self.control = TinyControl(server.bus("control"))
         self.client = server.bus("client")
         arrivals = folder / "arriving"
         self.tier = SlowTier(folder / "state")
-        self.runtime = LocalRuntime(folder / "models", arrivals=arrivals if ahead else None)
-        storage = LocalStorage(folder / "models", context_limit=256, tier=self.tier, arrivals=arrivals)
+        tier = self.tier if shared is None else SharedMemoryTier(shared)
+        self.runtime = LocalRuntime(folder / "models", dram=shared, arrivals=arrivals if ahead else None)
+        storage = LocalStorage(folder / "models", context_limit=256, tier=tier, arrivals=arrivals)
         boots = (f"boot-{number}" for number in itertools.count())
         bus, store = server.bus("worker"), server.bus("store")
         self.shells = [
@@ -130,8 +136,8 @@ async def until(reached: Callable[[], bool]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def world(folder: Path, *, ahead: bool = True) -> AsyncIterator[World]:
-    here = World(folder, ahead=ahead)
+async def world(folder: Path, *, ahead: bool = True, shared: Path | None = None) -> AsyncIterator[World]:
+    here = World(folder, ahead=ahead, shared=shared)
     async with asyncio.timeout(60), here.control:
         tasks = [asyncio.ensure_future(shell.run()) for shell in here.shells]
         try:
@@ -334,3 +340,48 @@ async def test_nothing_is_computed_with_before_it_was_told(
     assert tokens == undisturbed and steps == len(tokens)
     await runtime.reset()
     runtime.close()
+
+
+@pytest.mark.parametrize("ends", ["well", "damaged"])
+@pytest.mark.parametrize("tier", ["page cache", "shared memory"])
+async def test_a_model_that_lies_elsewhere_computes_while_it_is_fetched(
+    tier: str, ends: str, packed: Path, tmp_path: Path, undisturbed: list[int]
+) -> None:
+    origin = Path(shutil.copytree(packed, tmp_path / "origin"))
+    if ends == "damaged":
+        weights = bytearray((origin / WEIGHTS_NAME).read_bytes())
+        weights[-300] ^= 1
+        (origin / WEIGHTS_NAME).write_bytes(weights)
+    permits, asked = threading.Semaphore(0), itertools.count()
+
+    def slow(handler: Handler, name: str, number: int) -> bool:
+        if name == WEIGHTS_NAME and handler.headers.get("Range") != "bytes=0-0" and next(asked) >= 12:
+            permits.acquire(timeout=20)
+        return False
+
+    shared = Path("/dev/shm") / f"longshore-test-{os.getpid()}-{tmp_path.name}" if tier == "shared memory" else None
+    try:
+        with range_server(origin, slow) as server:
+            async with world(tmp_path, shared=shared) as here:
+                await here.control.state("placement", ModelAdded("m", server.url))
+                await here.control.wait(ModelFound)
+                listener, answer = await here.answer("r1")
+                await here.begun()
+                assert not here.control.find(ModelLoaded) and not answer.done()
+                made = here.runtime._ahead["m"]
+                assert made.gate.closed, "what did not come yet is waited for"
+                permits.release(10_000)
+                if ends == "well":
+                    assert await answer == undisturbed
+                    assert here.runtime._instances["m"] is made.instance, "what was begun is what answers"
+                    assert [path.name for path in (tmp_path / "models").iterdir()] == ["m"]
+                else:
+                    await here.control.wait(RequestEnded)
+                    assert here.control.find(LoadFailed) and not here.control.find(ModelAttached)
+                    assert not any(delivery.payload for delivery in listener.deliveries)
+                    await here.let_go()
+                assert not list((tmp_path / "arriving").iterdir())
+    finally:
+        permits.release(10_000)
+        if shared is not None:
+            shutil.rmtree(shared, ignore_errors=True)

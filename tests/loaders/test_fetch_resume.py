@@ -15,8 +15,9 @@ from range_server import Handler, RangeServer, range_server
 from loaders import CheckpointError, Manifest, open_checkpoint, read_manifest, storage, verify_checkpoint
 from loaders import direct as direct_reads
 from loaders import http_source as http_module
+from loaders.arrival import Announcement, Arrival
 from loaders.fetch import Fetch, FetchReport, fetch_checkpoint
-from loaders.packed import read_packed_header
+from loaders.packed import checksum_of, read_packed_header
 from loaders.remote import open_source
 from loaders.shared_memory_tier import SharedMemoryTier, key_of
 
@@ -310,6 +311,82 @@ def test_shared_memory_where_direct_writes_are_refused(
     monkeypatch.setattr(storage, "write", refuse)
     into_shared_memory(SharedMemoryTier(root), str(origin), tmp_path / "m")
     whole(tmp_path / "m", origin)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_chunk_is_told_once_it_is_in_memory_and_checked(
+    shared: bool, resumed: bool, damaged: bool, origin: Path, root: Path, tmp_path: Path
+) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    if resumed:
+        spoil_last(break_off(origin, models / "m"))
+    source = Path(shutil.copytree(origin, tmp_path / "source"))
+    if damaged:
+        spoil_last(source / WEIGHTS)
+    header = read_packed_header(origin / WEIGHTS)
+    told = Announcement(tmp_path / "told", "d")
+    seen: list[Arrival] = []
+    most = 0
+
+    def before() -> None:
+        nonlocal most
+        found = seen[0] if seen else Arrival.find(tmp_path / "told")
+        assert found is not None and found.directory is not None
+        seen[:] = [found]
+        assert read_manifest(found.directory) == read_manifest(origin)
+        assert read_packed_header(found.directory / WEIGHTS).checksums == header.checksums
+        assert (found.directory / "config.json").read_bytes() == (origin / "config.json").read_bytes()
+        found.check_in_place()
+        there = [chunk for chunk in range(found.chunks) if found.has(chunk, chunk + 1)]
+        most = max(most, len(there))
+        with found.weights.open("rb") as weights:
+            for chunk in there:
+                begin, end = header.chunk_span(chunk)
+                weights.seek(header.header.data_start + begin)
+                assert checksum_of(weights.read(end - begin)) == header.checksums[chunk]
+
+    filling = SharedMemoryTier(root).filling if shared else None
+    fetch = Fetch(open_source(source), models / "m", before=before, filling=filling, told=told, told_of_file=not shared)
+    if damaged:
+        with pytest.raises(CheckpointError, match="came damaged"):
+            fetch.run()
+    else:
+        assert (fetch.run().kept_bytes > 0) is resumed
+    told.end(whole=not damaged)
+    (found,) = seen
+    last = found.chunks - 1
+    assert most > 2 and found.here is not damaged and found.has(last, last + 1) is not damaged
+    with pytest.raises(CheckpointError, match="was moved"):
+        if damaged:
+            assert found.directory is not None
+            shutil.rmtree(found.directory)
+        found.check_in_place()
+
+
+def spoil_last(path: Path) -> None:
+    """One byte of the last chunk."""
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_without_room_in_shared_memory_nothing_is_told(
+    origin: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pages of the file on the SSD are not this tier."""
+    tier, told = SharedMemoryTier(root), Announcement(tmp_path / "told", "d")
+    monkeypatch.setattr("loaders.shared_memory_tier.ROOM_SECONDS", 0.0)
+    monkeypatch.setattr(tier, "_promised", {0: 1 << 60})
+
+    def before() -> None:
+        assert Arrival.find(tmp_path / "told") is None
+
+    Fetch(open_source(origin), tmp_path / "m", before=before, filling=tier.filling, told=told).run()
 
 
 def _flags(descriptor: int) -> int:
