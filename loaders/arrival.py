@@ -55,10 +55,10 @@ class Announcement:
         """
         if self._path is None:
             return
-        place = ("", 0) if directory is None else (str(directory), directory.stat().st_ino)
-        head = msgspec.json.encode(_Head(self._digest, str(weights), chunks, *place))
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UnicodeError):
+            place = ("", 0) if directory is None else (str(directory), directory.stat().st_ino)
+            head = msgspec.json.encode(_Head(self._digest, str(weights), chunks, *place))
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary.unlink(missing_ok=True)
             self._descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)

@@ -74,7 +74,7 @@ def look_at_source(source: RemoteSource) -> Manifest:
 
     Nothing else is read. Raises CheckpointError.
     """
-    manifest = _manifest_of(source)
+    manifest, _ = _manifest_of(source)
     file = source.open_large(WEIGHTS_NAME)
     try:
         _header_of(source, file, manifest)
@@ -94,8 +94,10 @@ def read_companion(source: RemoteSource, manifest: Manifest, name: str) -> bytes
     return content
 
 
-def _manifest_of(source: RemoteSource) -> Manifest:
-    return parse_manifest(source.read_small(MANIFEST_NAME, MANIFEST_LIMIT_BYTES), f"{source.name}/{MANIFEST_NAME}")
+def _manifest_of(source: RemoteSource) -> tuple[Manifest, bytes]:
+    """What it says, and as it stands there."""
+    text = source.read_small(MANIFEST_NAME, MANIFEST_LIMIT_BYTES)
+    return parse_manifest(text, f"{source.name}/{MANIFEST_NAME}"), text
 
 
 def _header_of(source: RemoteSource, file: RemoteFile, manifest: Manifest) -> tuple[bytes, PackedHeader]:
@@ -175,7 +177,7 @@ class Fetch:
         """
         began = time.perf_counter()
         source = self._source
-        manifest = _manifest_of(source)
+        manifest, text = _manifest_of(source)
         if self._digest and manifest.digest != self._digest:
             raise CheckpointError(
                 f"{source.name} holds other weights (digest {manifest.digest[:12]}) than those wanted "
@@ -184,19 +186,16 @@ class Fetch:
         check_replaceable(self._destination)
         before = _digest_at(self._destination)
         companions = {name: read_companion(source, manifest, name) for name in manifest.files}
+        small = companions | {MANIFEST_NAME: text} | self._beside
         file = source.open_large(WEIGHTS_NAME)
         try:
             region, packed = _header_of(source, file, manifest)
             needed = manifest.bytes + sum(map(len, companions.values()))
             check_space(self._destination.parent, needed - storage.partial_bytes(self._destination))
             with self._dram(manifest) as copy:
-                synced = self._to_destination(manifest, file, region, packed, companions, before, copy)
-                if copy is not None:
-                    try:
-                        copy.finish(self._destination)
-                    except CheckpointError:  # the SSD has it all the same
-                        if self._told is not None:
-                            self._told.end(whole=False)
+                synced = self._to_destination(manifest, file, region, packed, small, before, copy)
+                if copy is not None and not self._finish(copy) and self._told is not None:
+                    self._told.end(whole=False)
         finally:
             file.close()
         return self._report(manifest, file, time.perf_counter() - began, synced)
@@ -207,7 +206,7 @@ class Fetch:
         file: RemoteFile,
         region: bytes,
         packed: PackedHeader,
-        companions: dict[str, bytes],
+        small: dict[str, bytes],
         before: str,
         copy: ModelCopy | None,
     ) -> float:
@@ -216,20 +215,23 @@ class Fetch:
             if before != manifest.digest == _digest_at(self._destination):
                 raise DestinationBusy(f"another process has just fetched {self._destination}; look at it again")
             _clear(temporary)
+            # Until their headers are compared, what an earlier one has left may be what is wanted.
+            self._resumed = (temporary / WEIGHTS_NAME).exists()
             # Whoever begins before the end reads these while the weights come.
-            for name, content in (companions | self._beside).items():
+            for name, content in small.items():
                 (temporary / name).parent.mkdir(exist_ok=True)
                 storage.write_file(temporary / name, content)
-            said = self._source.read_small(MANIFEST_NAME, MANIFEST_LIMIT_BYTES)
-            self._check_same_manifest(said, manifest)
-            storage.write_file(temporary / MANIFEST_NAME, said)
             synced = self._weights(file, packed, region, temporary / WEIGHTS_NAME, copy)
-            self._check_same_manifest(self._source.read_small(MANIFEST_NAME, MANIFEST_LIMIT_BYTES), manifest)
+            if _manifest_of(self._source)[0] != manifest:
+                raise CheckpointError(f"{self._source.name} changed while it was fetched; fetch it again")
         return synced
 
-    def _check_same_manifest(self, said: bytes, manifest: Manifest) -> None:
-        if parse_manifest(said, f"{self._source.name}/{MANIFEST_NAME}") != manifest:
-            raise CheckpointError(f"{self._source.name} changed while it was fetched; fetch it again")
+    def _finish(self, copy: ModelCopy) -> bool:
+        """Whether the memory that was filled is what workers open from now on."""
+        try:
+            return copy.finish(self._destination)
+        except CheckpointError:  # the SSD has it all the same
+            return False
 
     @contextlib.contextmanager
     def _dram(self, manifest: Manifest) -> Iterator[ModelCopy | None]:
@@ -254,7 +256,7 @@ class Fetch:
             if copy is not None:
                 copy.memory(0, len(region))[: len(region)] = region
             where = _ring(threads, packed) if copy is None else copy.memory
-            if self._told is not None and (copy is not None or self._told_of_file):
+            if self._told is not None and (copy is not None or (self._told_of_file and self._keep)):
                 weights = path if copy is None else copy.path
                 self._told.begin(weights, len(packed.checksums), directory=path.parent)
 

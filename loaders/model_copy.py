@@ -52,10 +52,10 @@ class ModelCopy:
         self._taken(count)
         return self._memory[offset : offset + round_up(count, DIRECT_BYTES)]
 
-    def finish(self, directory: Path) -> None:
+    def finish(self, directory: Path) -> bool:
         """Every byte of the weights is there and was checked; the files beside them come from `directory`.
 
-        Raises CheckpointError.
+        Whether this copy is the one that has the final name. Raises CheckpointError.
         """
         try:
             os.truncate(self.path, self._manifest.bytes)
@@ -64,8 +64,10 @@ class ModelCopy:
                 shutil.copyfile(directory / name, self._temporary / name)
             # The copy is what workers open: that it is whole is checked on the copy.
             attach(self._temporary, check_files=True)
-            if not self._final.is_dir():  # the same weights under another name may have been quicker
-                self._temporary.rename(self._final)
+            if self._final.is_dir():  # the same weights under another name were quicker
+                return False
+            self._temporary.rename(self._final)
+            return True
         except OSError as error:
             raise CheckpointError(f"{directory} cannot be brought to {self._final.parent}: {error.strerror}") from error
 

@@ -200,7 +200,8 @@ class SharedMemoryTier:
         with self.filling(manifest, directory.name) as copy:
             if copy is not None:
                 self._copy_weights(plan, manifest, copy, before, told)
-                copy.finish(directory)
+                if not copy.finish(directory) and told is not None:
+                    told.end(whole=False)
 
     def _promise(self, needed: int, name: str) -> int:
         """Room of which nothing is given away twice; the number of the promise."""

@@ -376,10 +376,10 @@ async def test_a_model_that_lies_elsewhere_computes_while_it_is_fetched(
                     assert here.runtime._instances["m"] is made.instance, "what was begun is what answers"
                     assert [path.name for path in (tmp_path / "models").iterdir()] == ["m"]
                 else:
-                    await here.control.wait(RequestEnded)
-                    assert here.control.find(LoadFailed) and not here.control.find(ModelAttached)
-                    assert not any(delivery.payload for delivery in listener.deliveries)
+                    await here.control.wait(LoadFailed)
                     await here.let_go()
+                    assert not here.control.find(ModelAttached)
+                    assert not any(delivery.payload for delivery in listener.deliveries)
                 assert not list((tmp_path / "arriving").iterdir())
     finally:
         permits.release(10_000)

@@ -183,6 +183,22 @@ def test_a_part_that_the_disk_does_not_give_back_comes_from_the_source(
     whole(tmp_path / "copy", origin)
 
 
+def test_what_has_come_stays_when_the_next_one_fails_before_the_weights(
+    origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = break_off(origin, tmp_path / "m")
+
+    def broken(path: Path, content: bytes) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "write_file", broken)
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            fetch_checkpoint(origin, tmp_path / "m")
+    assert weights.exists()
+    assert fetch_checkpoint(origin, tmp_path / "m").kept_bytes > 0
+
+
 def test_a_full_disk_keeps_nothing(origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     break_off(origin, tmp_path / "copy")
     with monkeypatch.context() as patched:
@@ -373,6 +389,26 @@ def spoil_last(path: Path) -> None:
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_END)
         file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("fetched", [False, True])
+def test_memory_that_nobody_opens_afterwards_is_not_told_as_whole(
+    fetched: bool, origin: Path, root: Path, tmp_path: Path
+) -> None:
+    """The same weights came to shared memory under another name meanwhile."""
+    tier, told, seen = SharedMemoryTier(root), Announcement(tmp_path / "told", "d"), list[Arrival]()
+
+    def before() -> None:
+        if not seen and (found := Arrival.find(tmp_path / "told")):
+            seen.append(found)
+            tier.bring(origin)
+
+    if fetched:
+        Fetch(open_source(origin), tmp_path / "m", before=before, filling=tier.filling, told=told).run()
+    else:
+        tier.bring(Path(shutil.copytree(origin, tmp_path / "m")), before=before, told=told)
+    told.end(whole=True)
+    assert tier.holds(tmp_path / "m") and not (seen[0].here or seen[0].coming)
 
 
 def test_without_room_in_shared_memory_nothing_is_told(
