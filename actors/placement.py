@@ -192,7 +192,9 @@ class Placement(PlacementDrain):
         model.source = ""
         said = self._refuse_waiting(message.model, "unknown_model", f"{message.model} was removed")
         said += self._abandon(message.model)
-        said += [To(f"store/{name}", DropModel(message.model)) for name in model.servers]
+        # Of what came from another server only, and broke off, nobody but the disk of that server knows.
+        servers = list(self.state.servers if self.rules >= 5 else model.servers)
+        said += [To(f"store/{name}", DropModel(message.model)) for name in servers]
         return [*said, *self._pump(now)]
 
     def on_PlacementConfigured(self, message: PlacementConfigured, now: int) -> list[To]:

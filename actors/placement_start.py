@@ -51,7 +51,7 @@ def order_2(model: KnownModel, option: Option) -> tuple[int, ...]:
     return failed, option.total_ns, len(candidate.evict), candidate.busy, option.neighbours, option.idle_since
 
 
-ORDERS = {1: order_1, 2: order_2, 3: order_2, 4: order_2}
+ORDERS = {1: order_1, 2: order_2, 3: order_2, 4: order_2, 5: order_2}
 """By rule version. When one may go stands at the head of `actors.rules`."""
 
 

@@ -13,6 +13,8 @@ what stands behind it by the new one, on every replica and in every replay. So b
     version 4: what starts for a sequence that was to move there is given up when it is not to move any more, as it is
         for a request that waits; a model that lies on no server is refused where every SSD is taken by what lies
         nowhere else; `self.rules >= 4`
+    version 5: a model that is removed is dropped by every server, so that what came of it to one that was not to keep
+        it goes, too; `self.rules >= 5`
 
 Version N may be taken out, with what is its own in those places, once nobody has to decide by it any more: every cell's
 switch to a later one lies behind its oldest snapshot, and no recording from before that is to be verified by this
@@ -24,7 +26,7 @@ from __future__ import annotations
 FIRST_RULES = 1
 """In force from the beginning of a ledger on, until a fact says otherwise."""
 
-KNOWN_RULES = (1, 2, 3, 4)
+KNOWN_RULES = (1, 2, 3, 4, 5)
 """What this program can follow, in order; the last is the best it knows."""
 
 SENTENCES = {
@@ -35,6 +37,7 @@ SENTENCES = {
     "is urgent and what saves most, and a worker that is told to end is no death of its requests",
     4: "what starts for answers that were to move there is given up when they end, or stay, before that; "
     "a model for which no SSD may ever have room is refused",
+    5: "what came of a model before its fetch broke off goes with the model, on every server",
 }
 """Per version, for people."""
 

@@ -271,7 +271,7 @@ class Store(Actor):
     def on_DropModel(self, message: DropModel, now: int) -> list[To]:
         model = self.state.models.get(message.model)
         if model is None:
-            return []
+            return self._drop_partial(message.model) if self.rules >= 5 else []
         model.dropping = True
         return self._release(message.model, model)
 
@@ -363,8 +363,15 @@ class Store(Actor):
         return To("placement", held)
 
     def _forget(self, name: str) -> list[To]:
-        del self.state.models[name]
-        return [To("placement", ModelGone(self.state.server, name))]
+        model = self.state.models.pop(name)
+        said = self._drop_partial(name) if self.rules >= 5 and model.dropping else []
+        return [*said, To("placement", ModelGone(self.state.server, name))]
+
+    def _drop_partial(self, name: str) -> list[To]:
+        """What a fetch that broke off has left stays to be gone on with; but not of a model that is being removed."""
+        if not self.state.epoch:
+            return []
+        return [To(self._driver, EvictModel(name, "the model is being removed", "remote"))]
 
     def _forget_unless_held(self, name: str, model: StoredModel) -> list[To]:
         """What was only to be fetched from another server, and did not come, is nothing that this one has."""

@@ -147,7 +147,10 @@ class StoreDriver:
         if isinstance(message, LoadModel):
             return await self._load(message)
         if isinstance(message, EvictModel):
-            await self._storage.evict(message.model, message.tier)
+            if message.tier == "remote":
+                await self._storage.forget_partial(message.model)
+            else:
+                await self._storage.evict(message.model, message.tier)
             return ModelEvicted(message.model)
         if not isinstance(message, FindModel | DeleteModel):
             raise EpochOver(f"a store does not know how to obey {kind_of(message)}")

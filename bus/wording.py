@@ -379,7 +379,14 @@ _say(
     m.LoadCancelTaken,
     lambda e, s, r: f"{s} was to give up the load of {e.model}" + ("" if e.found else ", which had ended"),
 )
-_say(m.EvictModel, lambda e, s, r: f"{r}: let {e.model} go from {tier_name(e.tier)}{why(e.reason)}")
+_say(
+    m.EvictModel,
+    lambda e, s, r: (
+        f"{r}: delete what came of {e.model} before its fetch broke off{why(e.reason)}"
+        if e.tier == "remote"
+        else f"{r}: let {e.model} go from {tier_name(e.tier)}{why(e.reason)}"
+    ),
+)
 _say(m.ModelEvicted, lambda e, s, r: f"{s} let {e.model} go")
 _say(m.FindModel, lambda e, s, r: f"{r}: look whether {e.model} lies there" + where_from(e.source, " or at "))
 _say(

@@ -126,7 +126,8 @@ class LoadCancelTaken(Message, frozen=True, tag="load.cancel-taken"):
 
 
 class EvictModel(Message, frozen=True, tag="model.evict"):
-    """Effect: let the model go from DRAM, or (`tier` "ssd") from the disk, too. `reason` says why this one.
+    """Effect: let the model go from DRAM, or (`tier` "ssd") from the disk, too; with "remote" what a fetch of it that
+    broke off has left. `reason` says why this one.
 
     Answer: model.evicted.
     """

@@ -182,6 +182,16 @@ def test_what_was_added_before_any_server_was_there_is_looked_for_when_one_comes
     assert table.tell(ServerReady("s", 1000, ())) == []
 
 
+def test_every_server_is_told_that_a_model_is_removed() -> None:
+    """One that was to fetch it, and did not get it, may have a part of it (from rule version 5 on)."""
+    for rules, told in ((4, ["store/s"]), (5, ["store/s", "store/t"])):
+        table = Tiers()
+        table.actor.rules = rules
+        table.holds("s", "ssd", address="http://s")
+        table.holds("t", None)
+        assert [to.receiver for to in table.tell(ModelRemoved("a"))] == told
+
+
 def test_models_that_requests_wait_for_are_named_to_be_kept() -> None:
     table = Tiers()
     table.server("s", HeldModel(card("a"), "dram"), HeldModel(card("b")), HeldModel(card("c")))

@@ -16,7 +16,7 @@ from actors.local_storage import LocalStorage
 from actors.model_sources import SOURCE_NAME
 from actors.stopping import LATER
 from actors.store_driver import Loaded, StorageFailed, StoreDriver
-from bus.messages import DeleteModel, HeldModel, ModelMissing
+from bus.messages import DeleteModel, EvictModel, HeldModel, ModelEvicted, ModelMissing
 from loaders import direct, http_source, pack_checkpoint, resident_bytes, storage, verify_checkpoint
 from loaders.packed import read_packed_header
 from loaders.shared_memory_tier import SharedMemoryTier, weights_directory
@@ -219,7 +219,7 @@ async def test_a_load_that_is_cancelled_for_later_is_gone_on_with(origin: Path, 
     assert [path.name for path in models.iterdir()] == ["m"]
 
 
-@pytest.mark.parametrize("how", ["another comes", "deleted", "evicted"])
+@pytest.mark.parametrize("how", ["another comes", "deleted", "evicted", "removed"])
 async def test_what_broke_off_takes_no_room_from_others(how: str, origin: Path, models: Path, tmp_path: Path) -> None:
     digest = await digest_at(str(origin), tmp_path)
     here = LocalStorage(models)
@@ -232,8 +232,11 @@ async def test_what_broke_off_takes_no_room_from_others(how: str, origin: Path, 
     elif how == "deleted":
         answer = await StoreDriver("s1", dram_bytes=1, storage=here).obey(DeleteModel("m", digest))
         assert isinstance(answer, ModelMissing) and "does not lie on this server" in answer.reason
-    else:
+    elif how == "evicted":
         await here.evict("m", "ssd")
+    else:
+        removed = EvictModel("m", "the model is being removed", "remote")
+        assert await StoreDriver("s1", dram_bytes=1, storage=here).obey(removed) == ModelEvicted("m")
     assert not (models / ".m.fetching").exists()
 
 

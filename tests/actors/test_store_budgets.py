@@ -12,6 +12,7 @@ from world import SECOND, card
 from actors.store import Store
 from bus.messages import (
     CancelLoad,
+    DriverLost,
     DropModel,
     EvictModel,
     HeldModel,
@@ -24,6 +25,7 @@ from bus.messages import (
     LoadModel,
     Message,
     ModelFound,
+    ModelGone,
     ModelHeld,
     ModelLoaded,
     ModelMissing,
@@ -120,6 +122,23 @@ def test_a_source_that_does_not_answer_now_may_later_and_a_removed_model_is_gone
     assert store.handle(ModelMissing("a", "no answer"), 2) == [] and "a" in store.state.models
     assert kinds(store.handle(DropModel("a"), 3)) == ["DeleteModel", "ModelGone"]
     assert store.handle(ModelMissing("a", "not here"), 4) == [] and not store.state.models
+
+
+@pytest.mark.parametrize("rules", [4, 5])
+@pytest.mark.parametrize("first", ["it fails", "it is removed"])
+def test_what_broke_off_of_a_model_that_only_others_have_goes_with_it(first: str, rules: int) -> None:
+    store = make()
+    store.rules = rules
+    lease(store, "a", sources=("http://t:1/a",), card=card("a", weight=40))
+    fails, goes = LoadFailed("a", "nobody answers"), DropModel("a")
+    said = [
+        to for message in ((fails, goes) if first == "it fails" else (goes, fails)) for to in store.handle(message, 2)
+    ]
+    evicted = [EvictModel("a", "the model is being removed", "remote")]
+    assert messages(said, EvictModel) == (evicted if rules >= 5 else [])
+    assert messages(said, ModelGone) == [ModelGone("s", "a")] and not store.state.models
+    store.handle(DriverLost("store/s", 5, "silent"), 3)
+    assert store.handle(DropModel("a"), 4) == []
 
 
 def test_a_copy_of_another_server_does_not_replace_where_an_operator_said_it_is() -> None:

@@ -295,6 +295,8 @@ class StoreDriver(Driver):
 
     def take(self, effect: Pending) -> None:
         match effect.message:
+            case EvictModel(tier="remote"):
+                pass
             case EvictModel(model=model, tier=tier):
                 self.in_dram.pop(model, None)
                 if tier == "ssd":
