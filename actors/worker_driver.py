@@ -278,6 +278,8 @@ class _Work:
 
     async def _compute(self) -> None:
         while True:
+            # Nothing here refers to what a detach lets go of: its cache would stay until somebody collects garbage.
+            engines, ahead = list[tuple[str, Engine]](), None
             batch = Batch()
             await self._stop(batch)
             await self._detach(batch)

@@ -50,11 +50,14 @@ class Defaults:
 class Instance:
     """One loaded model. `engine` belongs to one thread; encoding may run in another."""
 
-    def __init__(self, engine: Engine, tokenizer: Any, defaults: Defaults, name: str) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Any, defaults: Defaults, name: str, skeleton: Skeleton | None = None
+    ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.defaults = defaults
         self._name = name
+        self._skeleton = skeleton
 
     def encode_prompt(self, text: str) -> list[int]:
         """Tokens of a plain prompt, with the special tokens that the tokenizer puts around it; ModelError."""
@@ -96,7 +99,12 @@ class Instance:
             )
 
     def close(self) -> None:
-        """Let go of weights and cache; the instance is of no use afterwards."""
+        """Let go of weights and cache; the instance is of no use afterwards.
+
+        The weights are gone when this returns, whoever still refers to the engine: a store counts on their memory.
+        """
+        if self._skeleton is not None:
+            self._skeleton.empty()
         del self.engine
         gc.collect()  # modules refer to each other in circles; their memory is wanted now
 
@@ -175,7 +183,8 @@ def _instance(prepared: Prepared, kv_bytes: int, max_slots: int, context: int | 
         # Tokenizers without a bound of their own state an enormous one. Whoever gives a context may not know of these.
         longest = min(describe_encoder(model), int(tokenizer.model_max_length), context or DEFAULT_CONTEXT_AT_MOST)
         embedder = Embedder(model, prepared.pooling, pad=pad_of(model), context=longest)
-        return Instance(EmbeddingEngine(embedder, name=name, slots=max_slots), tokenizer, prepared.defaults, name)
+        alone = EmbeddingEngine(embedder, name=name, slots=max_slots)
+        return Instance(alone, tokenizer, prepared.defaults, name, prepared.skeleton)
     architecture = prepared.architecture
     longest = min(architecture.context, DEFAULT_CONTEXT_AT_MOST) if context is None else context
     if not 2 <= longest <= architecture.context:
@@ -193,7 +202,7 @@ def _instance(prepared: Prepared, kv_bytes: int, max_slots: int, context: int | 
         prefill_chunk=prefill_chunk,
     )
     embedder = Embedder(_without_head(model), prepared.pooling, pad=pad_of(model), context=longest)
-    return Instance(EmbeddingEngine(embedder, engine), tokenizer, prepared.defaults, name)
+    return Instance(EmbeddingEngine(embedder, engine), tokenizer, prepared.defaults, name, prepared.skeleton)
 
 
 def _without_head(model: Any) -> Any:
