@@ -19,6 +19,7 @@ from loaders.direct import LargeFile
 from loaders.errors import CheckpointError
 from loaders.mapping import FileMapping
 from loaders.memory import HUGE_PAGE_BYTES, MemoryPool
+from loaders.packed import WEIGHTS_NAME
 from loaders.shared_memory_tier import huge_pages_in
 
 _PROBE_BYTES = 16 << 20
@@ -58,7 +59,7 @@ def _page_cache(directory: Path) -> MemoryFinding:
     with _probe_file(directory) as path:
         mapping = FileMapping(path)
         mapping.want_huge_pages()
-        mapping.populate(0, mapping.bytes)
+        mapping.populate(0, min(mapping.bytes, _PROBE_BYTES))
         kind = mapping.page_kind()
     share = kind.huge_share if kind else 0.0
     if share > 0.5:
@@ -118,16 +119,25 @@ def _direct_reads(directory: Path) -> bool:
 
 @contextlib.contextmanager
 def _probe_file(directory: Path) -> Iterator[Path]:
-    """A file of some MiB below `directory`, written as packing writes it; gone afterwards."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=".longshore-doctor-") as file:
+    """A file of some MiB below `directory`, written as packing writes it, gone afterwards; or, where nothing can be
+    written, that of a model that lies there: a full disk keeps no node from serving what it has.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(tempfile.NamedTemporaryFile(dir=directory, prefix=".longshore-doctor-"))
             block = memoryview(bytes(8 << 20))
             for offset in range(0, _PROBE_BYTES, len(block)):
                 os.pwrite(file.fileno(), block, offset)
-            yield Path(file.name)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise CheckpointError(f"{directory} cannot be tried: {reason}; name the directory of your models") from None
+            path = Path(file.name)
+        except OSError as error:
+            packed = sorted(directory.glob(f"[!.]*/{WEIGHTS_NAME}"))
+            if not packed:
+                reason = os.strerror(error.errno) if error.errno else str(error)
+                raise CheckpointError(
+                    f"{directory} cannot be tried: {reason}; name the directory of your models"
+                ) from None
+            path = packed[0]
+        yield path
 
 
 def _chosen(path: Path) -> str:

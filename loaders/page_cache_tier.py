@@ -58,6 +58,8 @@ class PageCacheTier:
         self._state = state
         self._lock = threading.Lock()
         self._held: dict[Path, _Held] = {}
+        self._leaving: dict[Path, None] = {}
+        """What was released while some process had it mapped: the kernel keeps it when that process is gone."""
         self._refused = ""
 
     @property
@@ -69,6 +71,9 @@ class PageCacheTier:
         self, directory: Path, *, before: Callable[[], None] | None = None, told: Announcement | None = None
     ) -> int:
         digest = read_manifest(directory).digest
+        with self._lock:
+            self._leaving.pop(directory, None)
+        self._drop_leaving()
         report = populate_checkpoint(directory, verify=True, before=before, told=told)
         self._keep(directory, digest)
         return report.bytes
@@ -76,6 +81,7 @@ class PageCacheTier:
     @contextlib.contextmanager
     def filling(self, manifest: Manifest, name: str) -> Iterator[ModelCopy | None]:
         """None: what is written to the SSD is in this tier."""
+        self._drop_leaving()
         yield None
 
     def adopt(self, directory: Path) -> bool:
@@ -107,7 +113,11 @@ class PageCacheTier:
             # With the last reference the mapping goes, and its lock.
             self._held.pop(directory, None)
         self._forget(directory)
-        return release_checkpoint(directory)
+        stayed = release_checkpoint(directory)
+        if stayed:
+            with self._lock:
+                self._leaving[directory] = None
+        return stayed
 
     def forget_others(self, directories: Iterable[Path]) -> None:
         if self._state is None:
@@ -123,6 +133,7 @@ class PageCacheTier:
             return sum(one.mapping.bytes for one in self._held.values())
 
     def look_after(self) -> LookedAfter:
+        self._drop_leaving()
         with self._lock:
             held = dict(self._held)
         said, gone = list[str](), list[Path]()
@@ -160,12 +171,24 @@ class PageCacheTier:
                 self._refused = str(refused)
         note = _describe(directory, digest)
         with self._lock:
+            self._leaving.pop(directory, None)
             self._held[directory] = _Held(note, mapping)
         if self._state is None:
             return
         with contextlib.suppress(OSError):  # without a note the next store reads it once more, that is all
             self._state.mkdir(parents=True, exist_ok=True)
             _note_path(self._state, directory).write_bytes(msgspec.json.encode(note))
+
+    def _drop_leaving(self) -> None:
+        """What nobody has mapped any more goes from memory now."""
+        with self._lock:  # whoever brings one of these takes it off first
+            for directory in list(self._leaving):
+                try:
+                    stayed = release_checkpoint(directory)
+                except (CheckpointError, OSError):  # its file is gone, and its pages with that
+                    stayed = 0
+                if not stayed:
+                    del self._leaving[directory]
 
     def _forget(self, directory: Path) -> None:
         if self._state is not None:

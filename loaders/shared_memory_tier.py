@@ -124,8 +124,9 @@ class SharedMemoryTier:
         return self.holds(directory)
 
     def holds(self, directory: Path) -> bool:
-        key = key_of(read_manifest(directory))
-        if not (self._root / key).is_dir():
+        manifest = read_manifest(directory)
+        key = key_of(manifest)
+        if not self._lies_there(manifest):
             return False
         with self._lock:
             held = self._held.get(directory)
@@ -162,8 +163,20 @@ class SharedMemoryTier:
             return sum({key: mapping.bytes for key, mapping in self._held.values()}.values())
 
     def look_after(self) -> LookedAfter:
-        """Nothing but an eviction takes pages from a tmpfs for good."""
-        return LookedAfter()
+        """Nothing but an eviction takes pages from a tmpfs for good, or somebody who removes files there."""
+        with self._lock:
+            held = dict(self._held)
+        lost = []
+        for directory, one in held.items():
+            if (self._root / one[0] / WEIGHTS_NAME).exists():
+                continue
+            with self._lock:
+                # An eviction lets go of the mapping before it removes anything.
+                if self._held.get(directory) is one:
+                    del self._held[directory]
+                    lost.append(directory)
+        said = (f"{directory.name}: somebody has removed it from {self._root}" for directory in lost)
+        return LookedAfter(tuple(said), tuple(lost))
 
     @contextmanager
     def filling(self, manifest: Manifest, name: str) -> Iterator[ModelCopy | None]:
@@ -172,7 +185,7 @@ class SharedMemoryTier:
         It is gone after the block unless it was finished. Raises `NoRoom`, CheckpointError.
         """
         key = key_of(manifest)
-        if (self._root / key).is_dir():
+        if self._lies_there(manifest):
             yield None
             return
         needed = round_up(manifest.bytes, DIRECT_BYTES) + sum(file.bytes for file in manifest.files.values())
@@ -190,6 +203,20 @@ class SharedMemoryTier:
         finally:
             with self._lock:
                 del self._promised[number]
+
+    def _lies_there(self, manifest: Manifest) -> bool:
+        """Whether the copy of these weights is here, with all that it was given; what others left of one goes."""
+        final = self._root / key_of(manifest)
+        if not final.is_dir():
+            return False
+        files = {WEIGHTS_NAME: manifest.bytes} | {name: file.bytes for name, file in manifest.files.items()}
+        try:
+            if all((final / name).stat().st_size == count for name, count in files.items()):
+                return True
+        except OSError:
+            pass
+        shutil.rmtree(final, ignore_errors=True)
+        return False
 
     # ---- filling from the SSD ---------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ Checkpoints are of some megabytes, so that pages in memory can be told from nois
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import mmap
 import os
@@ -22,6 +23,7 @@ import transformers
 
 from loaders import CheckpointError, open_checkpoint, pack_checkpoint, read_manifest
 from loaders.arrival import Announcement, Arrival
+from loaders.doctor import examine_memory
 from loaders.dram_tier import DramTier, choose_tier
 from loaders.errors import NoRoom
 from loaders.fetch import fetch_checkpoint
@@ -128,9 +130,11 @@ def test_what_a_process_has_mapped_goes_with_that_process(make: Make, packed: Pa
             assert stayed >= SIZE
         else:
             assert free_bytes(tier.weights_root) - before < SIZE
+        tier.look_after()
+        assert tier.weights_root is not None or FileMapping(packed / WEIGHTS_NAME).resident_bytes() >= SIZE
         child.kill()
         child.wait()
-        tier.release(packed)
+        tier.look_after()
         if tier.weights_root is None:
             assert FileMapping(packed / WEIGHTS_NAME).resident_bytes() == 0
         else:
@@ -344,6 +348,25 @@ def test_what_was_not_finished_is_removed_by_the_next_store(root: Path, packed: 
     tier.bring(packed)
 
 
+@pytest.mark.parametrize("what", ["all", "weights", "config"])
+def test_what_somebody_removed_is_noticed_and_comes_again(root: Path, packed: Path, what: str) -> None:
+    tier = SharedMemoryTier(root)
+    tier.bring(packed)
+    copy = weights_directory(root, packed)
+    assert tier.look_after() == ((), ())
+    if what == "all":
+        shutil.rmtree(copy)
+    else:
+        (copy / {"weights": WEIGHTS_NAME, "config": "config.json"}[what]).unlink()
+    said, lost = tier.look_after()
+    if what != "config":
+        assert lost == (packed,) and "somebody has removed it from" in said[0]
+        assert tier.held_bytes == 0 and tier.look_after() == ((), ())
+    assert not tier.holds(packed)
+    tier.bring(packed)
+    assert tier.holds(packed) and {file.name for file in copy.iterdir()} == {file.name for file in packed.iterdir()}
+
+
 def test_no_room_is_one_sentence_and_nothing_is_taken(
     root: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,6 +412,20 @@ def test_two_names_of_the_same_weights_lie_there_once(root: Path, packed: Path) 
     assert tier.holds(other)
     tier.release(other)
     assert list(root.iterdir()) == []
+
+
+def test_a_full_disk_keeps_no_tier_from_being_chosen(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("loaders.doctor.os.pwrite", full)
+    assert examine_memory(packed.parent).direct_reads in (True, False), "the model that lies there is tried"
+    assert [path.name for path in packed.parent.iterdir() if "doctor" in path.name] == []
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="empty cannot be tried: No space left on device; name the directory"):
+        examine_memory(tmp_path / "empty")
 
 
 def test_the_kinds_that_can_be_chosen(packed: Path, tmp_path: Path) -> None:
