@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -176,6 +177,7 @@ class LocalStorage:
         card = self._card(model)
         if card.digest != digest:
             raise StorageFailed(f"the weights of {model} on this server are not the ones that were placed", gone=True)
+        began = time.monotonic()
         try:
             with self._precedence.turn("disk", urgent=urgent) as turn, self._told(model, digest) as told:
                 self._tier.bring(self._path(model), before=lambda: _wait(turn.wait, stop), told=told)
@@ -190,7 +192,9 @@ class LocalStorage:
             return self._load_from_sources(model, digest, sources, urgent, stop)
         except OSError as error:
             raise StorageFailed(f"{model} cannot be read: {error.strerror or error}") from error
-        return Loaded(card.weight_bytes, "ssd")
+        return Loaded(
+            card.weight_bytes, "ssd", "", time.monotonic() - began - turn.waited_seconds if turn.moved else 0.0
+        )
 
     @contextmanager
     def _told(self, model: str, digest: str) -> Iterator[Announcement]:
@@ -206,6 +210,7 @@ class LocalStorage:
     def _load_from_sources(self, model: str, digest: str, sources: tuple[str, ...], urgent: bool, stop: Stop) -> Loaded:
         path = self._path(model)
         self._remove_partials_but(path)
+        began = time.monotonic()
         try:
             with self._precedence.turn("network", urgent=urgent) as turn:
                 before = functools.partial(_wait, turn.wait, stop)
@@ -226,9 +231,10 @@ class LocalStorage:
                 remove_partial(path)
             raise
         card = self._card(model)
+        seconds = time.monotonic() - began - turn.waited_seconds
         if not adopted:
-            self._load_from_ssd(model, digest, (), urgent, stop)
-        return Loaded(card.weight_bytes, "remote", sources[-1])
+            seconds += self._load_from_ssd(model, digest, (), urgent, stop).seconds or 0.0
+        return Loaded(card.weight_bytes, "remote", sources[-1], seconds)
 
     def _remove_partials_but(self, path: Path) -> None:
         """What broke off stands in room that the deciding half takes for free: it goes before another model comes."""

@@ -46,11 +46,16 @@ class StorageFailed(Exception):
 
 
 class Loaded(NamedTuple):
-    """What a load brought to DRAM, in bytes, the tier it came from, and from `remote`: where it can be had again."""
+    """What a load brought to DRAM, in bytes, the tier it came from, and from `remote`: where it can be had again.
+
+    `seconds`: what it took without waiting for other loads, which estimates count by themselves; 0 where nothing had to
+    be moved; None: all the time since it was asked for.
+    """
 
     bytes: int
     tier: Tier
     source: str = ""
+    seconds: float | None = None
 
 
 class Storage(Protocol):
@@ -177,7 +182,8 @@ class StoreDriver:
             loaded = await self._storage.load(message.model, message.digest, message.sources, message.urgent)
         except StorageFailed as failed:
             return LoadFailed(message.model, str(failed)[:4000], failed.gone)
-        return ModelLoaded(message.model, loaded.bytes, int((now() - began) * 1e9), loaded.tier, loaded.source)
+        seconds = now() - began if loaded.seconds is None else loaded.seconds
+        return ModelLoaded(message.model, loaded.bytes, int(seconds * 1e9), loaded.tier, loaded.source)
 
 
 class _Errand:

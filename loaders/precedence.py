@@ -6,6 +6,7 @@ A load asks between two pieces. Nothing that was begun is broken off, so whoever
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -20,11 +21,23 @@ class Turn:
 
     def __init__(self, precedence: Precedence, way: Way, urgent: bool, order: int) -> None:
         self.way, self.urgent, self.order = way, urgent, order
+        self.moved = False
+        """Whether it was allowed to move anything so far."""
+        self.waited_seconds = 0.0
+        """How long nothing of it could move because others went first."""
         self._precedence = precedence
+        self._waiting, self._waits_since = 0, 0.0
 
     def wait(self, stopped: Callable[[], bool]) -> None:
         """Until this load may move its next piece, or `stopped` says yes. Several threads of it may ask."""
         self._precedence._wait(self, stopped)
+
+    def _note_waiting(self, change: int) -> None:
+        """One thread more or fewer waits; the caller holds the lock of the precedence."""
+        now = time.monotonic()
+        if self._waiting:
+            self.waited_seconds += now - self._waits_since
+        self._waiting, self._waits_since = self._waiting + change, now
 
 
 class Precedence:
@@ -54,8 +67,11 @@ class Precedence:
 
     def _wait(self, turn: Turn, stopped: Callable[[], bool]) -> None:
         with self._changed:
+            turn._note_waiting(1)
             while not stopped() and any(_goes_before(other, turn) for other in self._turns.values()):
                 self._changed.wait(LOOK_SECONDS)
+            turn._note_waiting(-1)
+            turn.moved = turn.moved or not stopped()
 
 
 def _goes_before(other: Turn, turn: Turn) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -93,7 +94,7 @@ async def test_a_fetched_model_lies_on_the_ssd_and_in_dram_and_its_source_is_kno
     with range_server(origin) as server:
         card = (await here.find("m", server.url)).card
         loaded = await here.load("m", card.digest, (server.url,))
-        assert loaded == Loaded(card.weight_bytes, "remote", server.url)
+        assert loaded == Loaded(card.weight_bytes, "remote", server.url, loaded.seconds)
     verify_checkpoint(models / "m")
     assert resident_bytes(models / "m") >= card.weight_bytes
     assert await here.scan() == (HeldModel(card, "dram", server.url),)
@@ -271,15 +272,20 @@ async def test_a_prefetch_that_stands_still_holds_up_nobody_in_shared_memory(
     later, now = [(await here.find(name)).card.digest for name in ("later", "now")]
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(20):
+        asked_at = time.monotonic()
         with here._precedence.turn("network", urgent=True):
             prefetch = loop.create_task(here.load("later", later, urgent=False))
             while True:
                 await asyncio.sleep(0.001)
                 if list(root.glob(".*.loading")):
                     break
-            await here.load("now", now)
+            stands_still_since = time.monotonic()
+            assert (await here.load("now", now)).seconds
             assert not prefetch.done()
-        await prefetch
+            stood_still = time.monotonic() - stands_still_since
+        seconds = (await prefetch).seconds
+        assert seconds is not None and 0 < seconds <= time.monotonic() - asked_at - stood_still
+        assert (await here.load("now", now)).seconds == 0, "nothing was moved, and nothing is learned from that"
 
 
 async def test_an_urgent_load_goes_before_a_prefetch(origin: Path, models: Path, tmp_path: Path) -> None:
