@@ -38,6 +38,7 @@ from bus.messages import (
     DriverLost,
     EpochClosed,
     Message,
+    ModelWanted,
     ProgressReported,
     RequestAccepted,
     RequestEnded,
@@ -147,7 +148,7 @@ IN_EPOCH: tuple[type[Message], ...] = (
 )
 """Facts that only a driver may state, inside its epoch."""
 
-_CITED: tuple[type[Message], ...] = (RequestAccepted, SequencesSealed, *STARTED)
+_CITED: tuple[type[Message], ...] = (RequestAccepted, SequencesSealed, ModelWanted, *STARTED)
 """Facts that others cite by their place in the ledger: they carry it."""
 
 _OWN = (DifferenceAccepted, RulesActivated)

@@ -21,6 +21,7 @@ from actors.intake_views import models_view, status_view, usage_percent
 from actors.placement_state import PlacementState
 from actors.request_state import RequestsState, as_ended
 from actors.results import REPLY_LIMIT_BYTES, ResultsReader, far
+from actors.rules import WARM_RULES
 from bus.api import (
     ParsedRequest,
     Refusal,
@@ -30,6 +31,7 @@ from bus.api import (
     parse_model,
     parse_request_id,
     parse_resume,
+    parse_warm,
     reply_headers,
 )
 from bus.contract import Appended, Bus, BusError, Delivery, LogFull, NoAnswer, NotTaken, Subscription, Usage
@@ -43,6 +45,7 @@ from bus.messages import (
     ModelAdded,
     ModelCard,
     ModelRemoved,
+    ModelWanted,
     PromptParts,
     ReaderAttached,
     RequestAccepted,
@@ -387,9 +390,9 @@ class Intake:
             full = f"the ledger is filled to {REPEATS_PERCENT} % of its limit"
             raise Refusal("ledger_full", f"{full}: ask for the result instead, or come again later", retry_ms=60_000)
 
-    async def _stated(self, actor: str, message: Message, message_id: str) -> None:
+    async def _stated(self, actor: str, message: Message, message_id: str) -> Appended:
         try:
-            await self.state(actor, message, message_id)
+            return await self.state(actor, message, message_id)
         except NotTaken:
             raise no_leader() from None
         except NoAnswer:
@@ -442,8 +445,10 @@ class Intake:
                 raise Refusal("not_ready", "this control is still reading the ledger", retry_ms=1000)
             self.wants_snapshot()
             return accepted("")
+        if verb == "model.warm":
+            return await self._warm(delivery)
         if verb not in ("model.add", "model.remove"):
-            verbs = "models, status, snapshot, model.add or model.remove"
+            verbs = "models, status, snapshot, model.add, model.remove or model.warm"
             raise Refusal("bad_request", f"unknown verb {verb[:80]!r}: use {verbs}")
         content_type = delivery.headers.get("Content-Type")
         model, source = parse_model(delivery.payload, content_type, source=verb == "model.add")
@@ -452,6 +457,20 @@ class Intake:
         message: Message = ModelAdded(model, source) if verb == "model.add" else ModelRemoved(model)
         await self._stated("placement", message, "")
         return accepted("")
+
+    async def _warm(self, delivery: Delivery) -> Answer:
+        """The model in DRAM before requests come; `fact` is what `model.warmed` refers to."""
+        model, server = parse_warm(delivery.payload, delivery.headers.get("Content-Type"))
+        placement = self._placement()
+        if model not in placement.models or placement.models[model].removed:
+            raise Refusal("unknown_model", f"no model {model!r} in this cell")
+        if server and server not in placement.servers:
+            raise Refusal("bad_request", f"there is no server {server!r} in this cell: `longshore status` shows which")
+        if self._cell().rules < WARM_RULES:
+            older = f"the cell follows rule version {self._cell().rules}, models are warmed from {WARM_RULES} on"
+            raise Refusal("bad_request", f"{older}: `longshore rules activate {WARM_RULES}`")
+        stated = await self._stated("placement", ModelWanted(model, server), "")
+        return {"status": "accepted", "request": "", "fact": stated.sequence}
 
     # ---- what the replica knows -------------------------------------------------------------------------------
 

@@ -22,8 +22,8 @@ Rules
 from __future__ import annotations
 
 from actors.learning import learned
-from actors.placement_drain import PlacementDrain
 from actors.placement_state import FAILURES_LIMIT, Server, Waiting, Worker, WorkerSize
+from actors.placement_warming import PlacementWarming
 from bus.messages import (
     DropModel,
     InstanceFailed,
@@ -46,7 +46,7 @@ from bus.messages import (
 )
 
 
-class Placement(PlacementDrain):
+class Placement(PlacementWarming):
     """See the head of this file."""
 
     # ---- requests ---------------------------------------------------------------------------------------------

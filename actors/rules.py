@@ -14,7 +14,7 @@ what stands behind it by the new one, on every replica and in every replay. So b
         for a request that waits; a model that lies on no server is refused where every SSD is taken by what lies
         nowhere else; `self.rules >= 4`
     version 5: a model that is removed is dropped by every server, so that what came of it to one that was not to keep
-        it goes, too; `self.rules >= 5`
+        it goes, too; an operator may want a model in DRAM before requests come; `self.rules >= 5`
 
 Version N may be taken out, with what is its own in those places, once nobody has to decide by it any more: every cell's
 switch to a later one lies behind its oldest snapshot, and no recording from before that is to be verified by this
@@ -29,6 +29,9 @@ FIRST_RULES = 1
 KNOWN_RULES = (1, 2, 3, 4, 5)
 """What this program can follow, in order; the last is the best it knows."""
 
+WARM_RULES = 5
+"""From this version on an operator may want a model in DRAM."""
+
 SENTENCES = {
     1: "of places that are ready equally soon, the first in order of arrival gets the instance",
     2: "of places that are ready equally soon, the device with the least to do gets the instance",
@@ -37,7 +40,8 @@ SENTENCES = {
     "is urgent and what saves most, and a worker that is told to end is no death of its requests",
     4: "what starts for answers that were to move there is given up when they end, or stay, before that; "
     "a model for which no SSD may ever have room is refused",
-    5: "what came of a model before its fetch broke off goes with the model, on every server",
+    5: "what came of a model before its fetch broke off goes with the model, on every server; an operator may "
+    "want a model in DRAM before requests come",
 }
 """Per version, for people."""
 

@@ -10,6 +10,8 @@ Rules
   From the SSD only what can be fetched again goes.
 * A model larger than the budget of DRAM is never brought there: its worker streams it, and its lease keeps the files on
   the SSD (from rule version 3 on).
+* What an operator wants in DRAM is loaded by the same rules, after what somebody waits for, and is not leased (from
+  rule version 5 on).
 * A load that nobody waits for any more is broken off, if whoever wanted it says so.
 * Nothing is evicted in vain: room that cannot be made is refused before anything goes.
 * The driver obeys in order, so an eviction counts as done for the decisions that follow it.
@@ -47,12 +49,17 @@ from bus.messages import (
     ModelLoaded,
     ModelMissing,
     ModelReplaced,
+    ModelWarmed,
     ServerGone,
     ServerReady,
     StoreStarted,
     Tier,
     To,
+    WarmModel,
 )
+
+_WISH = "wish/"
+"""Among those who wait for a load, no worker: an operator who wanted the model here, with that fact."""
 
 
 class Store(Actor):
@@ -132,15 +139,9 @@ class Store(Actor):
     # ---- leases -----------------------------------------------------------------------------------------------
 
     def on_LeaseModel(self, message: LeaseModel, now: int) -> list[To]:
-        model = self.state.models.get(message.model)
-        if self.state.epoch and model is None and message.card is not None and message.sources:
-            model = self.state.models[message.model] = StoredModel(message.card, "remote", leases={}, waiting={})
-        if not self.state.epoch or model is None or model.dropping or model.deleting:
-            where = f"server {self.state.server}"
-            reason = f"the storage driver of {where} is not up"
-            if self.state.epoch:
-                reason = f"{where} does not hold {message.model}"
-            return [To(message.worker, LeaseRefused(message.model, reason, retry=True))]
+        model = self._wanted(message)
+        if isinstance(model, str):
+            return [To(message.worker, LeaseRefused(message.model, model, retry=True))]
         if model.wanted_at:
             model.interval_ns = learned(model.interval_ns or now - model.wanted_at, now - model.wanted_at)
         model.used_at = model.wanted_at = now
@@ -153,6 +154,37 @@ class Store(Actor):
         if model.tier == "ssd" and self.rules >= 3 and model.card.weight_bytes > self.state.dram_bytes:
             model.leases[message.worker] = False
             return [To(message.worker, LeaseGranted(message.model, model.card.digest, "ssd", streamed=True))]
+        return self._bring(message.worker, message, model, now, urgent=message.urgent)
+
+    def on_WarmModel(self, message: WarmModel, now: int) -> list[To]:
+        """As a lease that ends when the model is there, and that goes before nobody (from rule version 5 on)."""
+        model, waiting = self._wanted(message), f"{_WISH}{message.asked}"
+        if isinstance(model, str):
+            return [self._answer(waiting, message.model, reason=model)]
+        model.used_at = now
+        if model.tier == "dram":
+            return [self._answer(waiting, message.model)]
+        if model.loading:
+            model.waiting[waiting] = True
+            return []
+        return self._bring(waiting, message, model, now, urgent=False)
+
+    def _wanted(self, message: LeaseModel | WarmModel) -> StoredModel | str:
+        """The model that is to come to DRAM; one sentence where there is none here."""
+        model = self.state.models.get(message.model)
+        if self.state.epoch and model is None and message.card is not None and message.sources:
+            model = self.state.models[message.model] = StoredModel(message.card, "remote", leases={}, waiting={})
+        where = f"server {self.state.server}"
+        if not self.state.epoch:
+            return f"the storage driver of {where} is not up"
+        if model is None or model.dropping or model.deleting:
+            return f"{where} does not hold {message.model}"
+        return model
+
+    def _bring(
+        self, who: str, message: LeaseModel | WarmModel, model: StoredModel, now: int, *, urgent: bool
+    ) -> list[To]:
+        """Order the load, with the room that it needs; or say to `who` why that cannot be."""
         if model.tier == "remote":
             model.card = message.card or model.card
             model.sources = message.sources or ((model.source,) if model.source else ())
@@ -160,10 +192,10 @@ class Store(Actor):
         never = bool(refused)
         refused = refused or self._make_room(message.model, model, message.keep, now, said)
         if refused:
-            said.append(To(message.worker, LeaseRefused(message.model, refused, retry=not never)))
+            said.append(self._refusal(who, message.model, refused, retry=not never))
             return [*said, *self._forget_unless_held(message.model, model)]
-        model.loading, model.urgent = True, message.urgent
-        model.waiting[message.worker] = True
+        model.loading, model.urgent = True, urgent
+        model.waiting[who] = True
         return [*said, self._load(message.model, model)]
 
     def on_LeaseReturned(self, message: LeaseReturned, now: int) -> list[To]:
@@ -194,6 +226,9 @@ class Store(Actor):
                 self.state.ssd_rate = learned(self.state.ssd_rate, rate)
         said = [self._held(model, message.duration_ns, message.tier)]
         for worker in model.waiting:
+            if worker.startswith(_WISH):
+                said.append(self._answer(worker, message.model))
+                continue
             model.leases[worker] = True
             said.append(To(worker, LeaseGranted(message.model, model.card.digest, message.tier)))
         model.waiting = {}
@@ -273,6 +308,11 @@ class Store(Actor):
         if model is None:
             return self._drop_partial(message.model) if self.rules >= 5 else []
         model.dropping = True
+        if model.loading and model.waiting and all(who.startswith(_WISH) for who in model.waiting):
+            reason = "the model is being removed"
+            said, again = self._refuse(message.model, model, reason, retry=False), model.cancelling
+            model.cancelling = True
+            return said if again else [*said, To(self._driver, CancelLoad(message.model, reason))]
         return self._release(message.model, model)
 
     def on_ModelDeleted(self, message: ModelDeleted, now: int) -> list[To]:
@@ -378,9 +418,19 @@ class Store(Actor):
         return self._forget(name) if model.tier == "remote" and not model.source else []
 
     def _refuse(self, name: str, model: StoredModel, reason: str, *, retry: bool) -> list[To]:
-        said = [To(worker, LeaseRefused(name, reason, retry)) for worker in model.waiting]
+        said = [self._refusal(worker, name, reason, retry=retry) for worker in model.waiting]
         model.waiting = {}
         return said
+
+    def _refusal(self, who: str, name: str, reason: str, *, retry: bool) -> To:
+        if who.startswith(_WISH):
+            return self._answer(who, name, reason=reason)
+        return To(who, LeaseRefused(name, reason, retry))
+
+    def _answer(self, wish: str, name: str, *, reason: str = "") -> To:
+        """What became of the wish of an operator who waits."""
+        asked = int(wish.removeprefix(_WISH))
+        return To("placement", ModelWarmed(name, asked, self.state.server, reason))
 
     def _release(self, name: str, model: StoredModel) -> list[To]:
         """Replace or delete a model that is to be, once nobody uses it and no load is under way."""

@@ -289,6 +289,7 @@ def _address(name: str, value: Any) -> str:
 
 _MODEL: dict[str, Check] = {"model": _name}
 _ADDED_MODEL: dict[str, Check] = {"model": _name, "source": _address}
+_WARMED_MODEL: dict[str, Check] = {"model": _name, "server": _name}
 
 
 def _decode(payload: bytes, encoding: Encoding) -> Any:
@@ -411,6 +412,14 @@ def parse_model(payload: bytes, content_type: str | None, *, source: bool) -> tu
     if model is None:
         raise bad("model is missing: name the model")
     return str(model), str(fields.get("source", ""))
+
+
+def parse_warm(payload: bytes, content_type: str | None) -> tuple[str, str]:
+    """The model that the body of `admin.model.warm` names, and the server; empty where it names none."""
+    fields = _fields(payload, encoding_of(content_type), _WARMED_MODEL) if payload else {}
+    if "model" not in fields:
+        raise bad("model is missing: name the model")
+    return str(fields["model"]), str(fields.get("server", ""))
 
 
 def parse_key(payload: bytes, content_type: str | None) -> str:

@@ -339,6 +339,12 @@ class Client:
     async def remove_model(self, model: str) -> Any:
         return await self._admin("model.remove", {"model": model})
 
+    async def warm_model(self, model: str, server: str = "") -> int:
+        """Have a model brought to DRAM before requests come, on this server or where it is there soonest; the ledger
+        sequence that `model.warmed` refers to."""
+        answer = await self._admin("model.warm", {"model": model, **({"server": server} if server else {})})
+        return int(answer["fact"])
+
     async def _admin(self, verb: str, body: dict[str, Any] | None = None) -> Any:
         payload = msgspec.json.encode(body) if body else b""
         answer = msgspec.json.decode(await self._ask(self._subjects.admin(verb), payload, headers={}))

@@ -33,8 +33,8 @@ WORKER_KINDS = ("worker.started", "model.attached", "attach.failed", "model.deta
                 "sequence.caught-up", "hand-over.taken", "sequence.released", "sequence.dropped",
                 "driver.lost")  # fmt: skip
 CONTROL_KINDS = ("request.accepted", "cancel.requested", "reader.attached", "requests.configured", "model.added",
-                 "model.removed", "placement.configured", "driver.lost", "sequences.sealed", "timer.fired",
-                 "rules.activated")  # fmt: skip
+                 "model.removed", "model.wanted", "placement.configured", "driver.lost", "sequences.sealed",
+                 "timer.fired", "rules.activated")  # fmt: skip
 OPERATOR_KINDS = ("rules.activated", "difference.accepted", "migrate.requested", "drain.requested")
 
 FACT_KINDS: dict[Role, tuple[str, ...]] = {

@@ -289,6 +289,23 @@ _say(m.ModelReplaced, lambda e, s, r: f"a newer {e.model} lies on {e.server}, to
 _say(m.LookForModel, lambda e, s, r: f"{r} is to look for {e.model}" + where_from(e.source))
 _say(m.DropModel, lambda e, s, r: f"{r} is to delete {e.model} once nobody uses it")
 _say(
+    m.ModelWanted,
+    lambda e, s, r: f"an operator wants {e.model} in DRAM of {e.server or 'the server where it is there soonest'}",
+)
+_say(
+    m.WarmModel,
+    lambda e, s, r: (
+        f"{r} is to bring {e.model} to DRAM from {tier_name(e.tier)} in about {duration(e.ready_ns)}"
+        + (f", the soonest of {plural(e.weighed, 'server')}" if e.weighed > 1 else "")
+    ),
+)
+_say(
+    m.ModelWarmed,
+    lambda e, s, r: (
+        f"{e.model} was not brought to DRAM{why(e.reason)}" if e.reason else f"{e.model} lies in DRAM of {e.server}"
+    ),
+)
+_say(
     m.WorkerReady,
     lambda e, s, r: (
         f"worker {e.worker} is up with {size(e.memory_bytes)} and up to {plural(e.max_slots, 'slot')} for each model"

@@ -77,6 +77,17 @@ class DrainRequested(Message, frozen=True, tag="drain.requested"):
     undo: bool = False
 
 
+class ModelWanted(Message, frozen=True, tag="model.wanted"):
+    """An operator wants this model in DRAM before requests come: on this server, or where it is there soonest.
+
+    `sequence` is filled in by the cell.
+    """
+
+    model: Name
+    server: Annotated[str, Meta(max_length=200)] = ""
+    sequence: int = 0
+
+
 # ---- between actors ---------------------------------------------------------------------------------------
 
 
@@ -151,6 +162,32 @@ class DropModel(Message, frozen=True, tag="model.drop"):
     """placement > store: delete the model as soon as no lease is left."""
 
     model: Name
+
+
+class WarmModel(Message, frozen=True, tag="model.warm"):
+    """placement > store: bring the model to DRAM, for nobody yet; what else see `LeaseModel`.
+
+    `asked`: the fact that wants it; `tier`: from where it comes; `ready_ns`: until it is there, as estimated, the
+    soonest of `weighed` servers.
+    """
+
+    model: Name
+    asked: Count
+    tier: Tier
+    ready_ns: Count
+    weighed: Positive = 1
+    sources: tuple[Source, ...] = ()
+    card: ModelCard | None = None
+    keep: tuple[str, ...] = ()
+
+
+class ModelWarmed(Message, frozen=True, tag="model.warmed"):
+    """What became of the wish `asked`: the model lies in DRAM there, or `reason` says why it does not."""
+
+    model: Name
+    asked: Count
+    server: Annotated[str, Meta(max_length=200)] = ""
+    reason: Text = ""
 
 
 class WorkerReady(Message, frozen=True, tag="worker.ready"):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 DECIDING = [
     "actors/actor.py", "actors/cell.py", "actors/gpu.py", "actors/gpu_state.py", "actors/placement.py",
     "actors/dead_letters.py", "actors/learning.py", "actors/migration.py",
-    "actors/placement_books.py", "actors/placement_drain.py",
+    "actors/placement_books.py", "actors/placement_drain.py", "actors/placement_warming.py",
     "actors/placement_exchange.py", "actors/placement_exchanges.py",
     "actors/placement_moves.py", "actors/placement_pump.py", "actors/placement_spread.py",
     "actors/resume_times.py",
@@ -28,7 +28,7 @@ ALLOWED = {
     "__future__", "typing", "collections", "hashlib", "msgspec", "bus.messages", "bus.contract", "bus.ordering",
     "bus.subjects", "actors.actor", "actors.gpu", "actors.gpu_state", "actors.placement",
     "actors.dead_letters", "actors.learning", "actors.migration",
-    "actors.placement_books", "actors.placement_drain",
+    "actors.placement_books", "actors.placement_drain", "actors.placement_warming",
     "actors.placement_exchange", "actors.placement_exchanges",
     "actors.placement_moves", "actors.placement_pump", "actors.placement_spread",
     "actors.resume_times",

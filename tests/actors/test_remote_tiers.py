@@ -19,9 +19,12 @@ from range_server import Handler, range_server
 
 from actors.children import Child
 from actors.up import cell_status
+from actors.warm_cli import warm
 from bus.client import Client
+from bus.errors import UserError
 from bus.jetstream import JetStreamBus
 from bus.messages import Message, ModelLoaded, decode_fact, decode_fact_body
+from bus.options import Failure
 from bus.server import EmbeddedServer
 from bus.subjects import FactSubject
 from loaders import pack_checkpoint, verify_checkpoint
@@ -81,6 +84,13 @@ class RemoteCell:
         assert process.returncode == 0, error.decode()
         return out.decode()
 
+    async def warm(self, capsys: pytest.CaptureFixture[str], model: str, server: str = "") -> dict[str, Any]:
+        """What the command says, as an object."""
+        capsys.readouterr()
+        await warm(model, server=server, wait=True, nats=self.server.url, cell=self.cell, json=True)
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
     async def until(self, reached: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         async with asyncio.timeout(40):
             while True:
@@ -133,7 +143,7 @@ def tiers(status: dict[str, Any]) -> dict[str, str]:
 
 
 async def test_a_model_at_an_address_is_served_and_passed_on(
-    nats_server: EmbeddedServer, origin: Path, tmp_path: Path
+    nats_server: EmbeddedServer, origin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with remote_cell(nats_server, tmp_path) as cell:
         for name in ("a", "b"):
@@ -144,15 +154,22 @@ async def test_a_model_at_an_address_is_served_and_passed_on(
             assert said["served"]
             await cell.until(lambda found: tiers(found) == {"a": "remote", "b": "remote"})
             assert not any((cell.models(name) / "tiny").exists() for name in ("a", "b"))
-            text = await answer(cell)
-        found = tiers(await cell.until(lambda found: "dram" in tiers(found).values()))
-        first, second = sorted(found, key=lambda name: found[name])
-        assert found == {first: "dram", second: "remote"}
+            warmed = await cell.warm(capsys, "tiny")
+            assert warmed["in_dram"] and not warmed["reason"]
+        first, second = sorted(("a", "b"), key=lambda name: name != warmed["server"])
+        await cell.until(lambda found: tiers(found) == {first: "dram", second: "remote"})
+        text = await answer(cell)
         verify_checkpoint(cell.models(first) / "tiny")
         await cell.command("drain", first, "--stay")
         assert await answer(cell) == text, "the source is away: only the other server can have given it"
         verify_checkpoint(cell.models(second) / "tiny")
         assert [load.tier for load in await cell.facts(ModelLoaded)] == ["remote", "remote"]
+        assert (await cell.warm(capsys, "tiny", second))["in_dram"], "it is there already"
+        for model, server, reason in (("other", "", "no model 'other'"), ("tiny", "c", "no server 'c'")):
+            with pytest.raises(UserError, match=reason):
+                await cell.warm(capsys, model, server)
+        with pytest.raises(Failure, match=f"server {first} is being drained"):
+            await warm("tiny", server=first, nats=cell.server.url, cell=cell.cell)
         shown = json.loads(await cell.command("model", "list", "--json"))
         assert shown[0]["servers"] == {first: "dram", second: "dram"}
 

@@ -53,6 +53,7 @@ from bus.messages import (
     ModelLoaded,
     ModelMissing,
     ModelRemoved,
+    ModelWanted,
     PlacementConfigured,
     ProgressReported,
     ReaderAdded,
@@ -707,7 +708,10 @@ class World(Bench):
     def operate(self) -> None:
         tape = self.tape
         model = self.models[tape.pick(len(self.models))]
-        match tape.pick(8):
+        match tape.pick(9):
+            case 8:
+                server = next((one.server for one in self.drivers if isinstance(one, StoreDriver)), "")
+                self.alone("placement", ModelWanted(model, server if tape.one_in(2) else ""), "operator")
             case 0 | 1 | 5:
                 for driver in self.drivers:
                     if isinstance(driver, StoreDriver) and tape.pick(3):
@@ -897,4 +901,6 @@ def _check_dram(stores: dict[str, StoreState], gpus: dict[str, GpuState]) -> Non
             for worker in stored.leases:
                 assert gpus[worker].instances[model].leased, "a lease is somebody's"
             for worker in stored.waiting:
+                if worker.startswith("wish/"):
+                    continue  # an operator's
                 assert gpus[worker].instances[model].status == "waiting"
