@@ -18,9 +18,10 @@ import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from loaders.errors import CheckpointError, enumerate_some, quote
+from loaders.errors import CheckpointError, enumerate_some, one_line, quote
 from loaders.first_use import probe_forward
 from loaders.layout import TensorShape
+from loaders.room import memory_ceiling
 from loaders.source import SourceCheckpoint
 
 _MODULE_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -198,7 +199,7 @@ def _load(source: SourceCheckpoint, dtype: torch.dtype, *, encoder: bool) -> Any
         )
     # transformers raises whatever the model's own code raises; a user's broken checkpoint must not become a traceback.
     except Exception as error:
-        raise CheckpointError(f"{directory}: transformers cannot load it: {_one_line(error)}") from error
+        raise CheckpointError(f"{directory}: transformers cannot load it: {one_line(error)}") from error
     mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in found["mismatched_keys"])
     if mismatched:
         raise CheckpointError(
@@ -237,14 +238,14 @@ def _check_config(directory: Path) -> Any:
         return transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         where = directory / "config.json"
-        raise CheckpointError(f"{where}: transformers cannot use it: {_one_line(error)}") from error
+        raise CheckpointError(f"{where}: transformers cannot use it: {one_line(error)}") from error
 
 
 def _check_tokenizer(directory: Path) -> None:
     try:
         transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise CheckpointError(f"{directory}: its tokenizer cannot be used: {_one_line(error)}") from error
+        raise CheckpointError(f"{directory}: its tokenizer cannot be used: {one_line(error)}") from error
 
 
 def _check_memory(source: SourceCheckpoint) -> None:
@@ -257,12 +258,9 @@ def _check_memory(source: SourceCheckpoint) -> None:
 
 
 def available_memory_bytes() -> int | None:
-    """What the kernel says can be taken without swapping; None where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    """What the machine and the control groups of this process leave; None where nothing is told."""
+    ceiling = memory_ceiling()
+    return None if ceiling is None else ceiling.free
 
 
 def _state_of(model: Any, directory: Path) -> dict[str, torch.Tensor]:
@@ -318,9 +316,3 @@ def _context(config: Any) -> int | None:
         if type(value) is int and value > 0:
             return value
     return None
-
-
-def _one_line(error: Exception) -> str:
-    """What a library said, on one line and not endless."""
-    text = " ".join(str(error).split())
-    return (text[:300] + "..." if len(text) > 300 else text) or type(error).__name__

@@ -110,8 +110,8 @@ class DeviceTarget:
         largest = max((room_bytes(piece.count) for piece in plan.pieces), default=1)
         if ring is not None and ring.chunk_bytes < largest:
             raise CheckpointError(
-                f"{plan.directory} comes in pieces of {largest >> 20} MiB, the staging ring has chunks of "
-                f"{ring.chunk_bytes >> 20} MiB; make one with larger chunks"
+                f"{plan.directory} comes in pieces of {largest >> 10} KiB, the staging ring has chunks of "
+                f"{ring.chunk_bytes >> 10} KiB; make one with larger chunks"
             )
         sizes = self._layout.device_bytes
         self._memory = [device.allocate(count) for device, count in zip(self._devices, sizes, strict=True)]

@@ -30,3 +30,9 @@ def enumerate_some(names: list[str], limit: int = 3) -> str:
     """The first `limit` names, quoted, and how many more there are."""
     shown = ", ".join(quote(name) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def one_line(error: Exception) -> str:
+    """What a library said, on one line and not endless."""
+    text = " ".join(str(error).split())
+    return (text[:300] + "..." if len(text) > 300 else text) or type(error).__name__

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from loaders.errors import CheckpointError, NoRoom
+from loaders.room import memory_ceiling
 
 HUGE_PAGE_BYTES = 2 << 20
 _MADV_HUGEPAGE = 14
@@ -72,7 +73,7 @@ class MemoryPool:
     """Private memory of `capacity_bytes`, handed out in blocks of whole huge pages, first fit.
 
     With `populate` all of it is faulted in now, and stays so: that is what a pool is for. `huge` asks for huge pages;
-    the attribute of that name says whether the system is willing. Raises CheckpointError where
+    the attribute of that name says whether the system is willing. Raises CheckpointError (`NoRoom`) where
     the system has not so much memory. Safe to use from several threads.
     """
 
@@ -80,6 +81,13 @@ class MemoryPool:
         if capacity_bytes < 1:
             raise CheckpointError(f"a memory pool of {capacity_bytes} bytes holds nothing; give it a size above 0")
         self.capacity_bytes = round_up(capacity_bytes, HUGE_PAGE_BYTES)
+        ceiling = memory_ceiling()
+        if ceiling is not None and self.capacity_bytes > ceiling.free:
+            # The system grants more than it has, and ends the process that uses it.
+            raise NoRoom(
+                f"{capacity_bytes / 1e9:.2f} GB of memory are needed, and {ceiling.limit} leaves "
+                f"{max(0, ceiling.free) / 1e9:.2f} GB: let other programs end, or choose something smaller"
+            )
         try:
             self._mapping = mmap.mmap(-1, self.capacity_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE)
         except (OSError, ValueError, OverflowError) as error:

@@ -30,6 +30,15 @@ def memory_room() -> Room | None:
     return min(found, key=lambda room: room.bytes, default=None)
 
 
+def memory_ceiling() -> Room | None:
+    """More than these bytes cannot be had by any eviction of pages of files: who takes more is ended by the system.
+
+    None where nothing is told.
+    """
+    found = [room for room in (_machine(swap=True), _group(active=True)) if room is not None]
+    return min(found, key=lambda room: room.free, default=None)
+
+
 def room_in(directory: Path) -> Room:
     """The same for a directory in a tmpfs, whose own size counts as well."""
     told = os.statvfs(directory)
@@ -47,11 +56,11 @@ def has_swap() -> bool:
         return False
 
 
-def _machine() -> Room | None:
+def _machine(*, swap: bool = False) -> Room | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         values = {name: int(rest.split()[0]) << 10 for name, _, rest in (line.partition(":") for line in lines)}
-        free = values["MemAvailable"]
+        free = values["MemAvailable"] + (values.get("SwapFree", 0) if swap else 0)
         return Room(free - _reserve(values["MemTotal"]), free, "the memory of this machine")
     except (OSError, ValueError, IndexError, KeyError):
         return None
@@ -61,7 +70,8 @@ def _reserve(total: int) -> int:
     return max(RESERVE_BYTES, int(total * RESERVE_SHARE)) if total > 4 * RESERVE_BYTES else total // 8
 
 
-def _group() -> Room | None:
+def _group(*, active: bool = False) -> Room | None:
+    """`active`: pages of files that were used lately count as free, too."""
     tightest: Room | None = None
     for path in _groups():
         limit = _number(path / "memory.max") or _number(path / "memory.limit_in_bytes")
@@ -69,7 +79,7 @@ def _group() -> Room | None:
         # A limit that is no limit is near 2**63 in the first version.
         if not limit or limit > 1 << 60:
             continue
-        free = limit - used + _reclaimable(path / "memory.stat")
+        free = limit - used + _reclaimable(path / "memory.stat", active=active)
         room = Room(free - _reserve(limit), free, f"the memory limit of the control group {path}")
         if tightest is None or room.bytes < tightest.bytes:
             tightest = room
@@ -101,10 +111,11 @@ def _number(path: Path) -> int:
         return 0
 
 
-def _reclaimable(path: Path) -> int:
+def _reclaimable(path: Path, *, active: bool) -> int:
     """Bytes of files that the kernel drops before it ends a process."""
     try:
         values = dict(line.split() for line in path.read_text().splitlines())
     except (OSError, ValueError):
         return 0
-    return int(values.get("total_inactive_file") or values.get("inactive_file") or 0)
+    kinds = ("inactive_file", "active_file") if active else ("inactive_file",)
+    return sum(int(values.get(f"total_{kind}") or values.get(kind) or 0) for kind in kinds)
