@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from loaders.conversion import quiet_transformers
-from loaders.errors import CheckpointError
+from loaders.errors import CheckpointError, one_line
 from loaders.load import CheckpointLoad, LoadReport, start_load
 from loaders.memory import MemoryPool
+from loaders.reading import looking_at, require_directory
 
 LOAD_ATTRIBUTE = "checkpoint_load"
 """Where a loaded model carries its `CheckpointLoad`."""
+_OURS = ("state_dict", "output_loading_info", "device_map", "subfolder", "gguf_file")
+"""Options of transformers that say otherwise where weights come from or go to."""
 
 
 def from_pretrained(
@@ -44,13 +47,22 @@ def from_pretrained(
     import transformers
 
     directory = Path(directory)
+    with looking_at(directory):
+        require_directory(directory)
+    for name in _OURS:
+        if name in options:
+            raise CheckpointError(
+                f"from_pretrained of this room takes no {name}: name the `directory` and the `device`"
+            )
+    dtype = options.pop("torch_dtype", dtype)  # as it was called before
+    options.setdefault("local_files_only", True)
+    config = options.pop("config", None)
     try:
-        config = options.pop("config", None) or transformers.AutoConfig.from_pretrained(
-            directory, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{directory} has no configuration that transformers knows: {first}") from error
+        if config is None or isinstance(config, str | Path):
+            config = transformers.AutoConfig.from_pretrained(config or directory, local_files_only=True)
+    # What reads a configuration that nobody vouches for raises whatever comes of it.
+    except Exception as error:
+        raise CheckpointError(f"{directory} has no configuration that transformers knows: {one_line(error)}") from error
     chosen = _class_of(model_class, config, directory)
     load = start_load(directory, verify=verify, pool=pool)
     try:
@@ -63,7 +75,12 @@ def from_pretrained(
     setattr(model, LOAD_ATTRIBUTE, load)
     if not load.finished:
         _wait_at_each_module(model, load)
-    return (model if device is None else model.to(device)).eval()
+    if device is not None:
+        try:
+            model = model.to(device)
+        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{directory} cannot be moved to {device!r}: {one_line(error)}") from error
+    return model.eval()
 
 
 def finish_loading(model: Any) -> LoadReport:
@@ -105,8 +122,12 @@ def _model(chosen: Any, config: Any, tensors: Any, directory: Path, dtype: Any, 
                 output_loading_info=True,
                 **options,
             )
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{directory} does not fit {chosen.__name__}: {error}") from error
+    # transformers raises whatever the model's own code raises.
+    except Exception as error:
+        said = one_line(error)
+        if "ignore_mismatched_sizes" in said:  # the report that it speaks of is not shown
+            said = "its tensors have other shapes than config.json asks for"
+        raise CheckpointError(f"{directory} does not fit {chosen.__name__}: {said}") from error
     missing = sorted(found["missing_keys"]) or [key for key, *_ in found["mismatched_keys"]]
     if missing:
         raise CheckpointError(
@@ -114,7 +135,11 @@ def _model(chosen: Any, config: Any, tensors: Any, directory: Path, dtype: Any, 
             f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; pack or download it again"
         )
     if (directory / "generation_config.json").exists() and chosen.can_generate():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
+        try:
+            model.generation_config = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
+        except Exception as error:
+            where = directory / "generation_config.json"
+            raise CheckpointError(f"{where}: transformers cannot use it: {one_line(error)}") from error
     model.name_or_path = str(directory)
     return model
 
@@ -131,6 +156,8 @@ def _class_of(model_class: Any, config: Any, directory: Path) -> Any:
             )
     mapping = getattr(model_class, "_model_mapping", None)
     if mapping is None:
+        if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+            raise CheckpointError(f"{directory}: {model_class!r} is no class of models; name another model_class")
         return model_class
     try:
         return mapping[type(config)]

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from loaders.errors import CheckpointError, quote
+
+
+@contextmanager
+def looking_at(path: Path) -> Iterator[None]:
+    """Within the block, what the system refuses is a CheckpointError: `exists` and its like raise what is no answer."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise CheckpointError(f"{error.filename or path} cannot be looked at: {reason}") from error
 
 
 def open_regular(path: Path) -> int:
@@ -36,6 +48,17 @@ def read_exactly(descriptor: int, count: int, offset: int, path: Path) -> bytes:
         count -= len(piece)
         offset += len(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def require_directory(path: Path) -> None:
+    """A CheckpointError unless `path` is a directory. Raises OSError."""
+    if path.is_dir():
+        return
+    if str(path).startswith(("http:/", "https:/")):
+        raise CheckpointError(f"{path} is an address and no directory: fetch it first (`longshore fetch`)")
+    if path.exists():
+        raise CheckpointError(f"{path} is not a directory but a file; give the directory that holds it")
+    raise CheckpointError(f"there is no directory {path}")
 
 
 def read_bounded(path: Path, limit: int) -> bytes:

@@ -51,6 +51,7 @@ def test_other_classes_and_dtypes(packed: Packed) -> None:
     directory, _ = packed("llama")
     base = from_pretrained(directory, model_class=transformers.AutoModel, dtype=torch.float64)
     assert type(base) is transformers.LlamaModel and base.dtype == torch.float64
+    assert from_pretrained(directory, torch_dtype=torch.float16).dtype == torch.float16
 
 
 def test_what_does_not_fit_is_one_sentence(packed_copy: Path, packed: Packed, tmp_path: Path) -> None:
@@ -58,6 +59,30 @@ def test_what_does_not_fit_is_one_sentence(packed_copy: Path, packed: Packed, tm
         from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="knows no"):
         from_pretrained(packed_copy, model_class=transformers.AutoModelForSeq2SeqLM)
+    with pytest.raises(CheckpointError, match="no class of models"):
+        from_pretrained(packed_copy, model_class=transformers.LlamaTokenizer)
+    with pytest.raises(CheckpointError, match=r"'nonsense'"):
+        from_pretrained(packed_copy, nonsense=1)
+    with pytest.raises(CheckpointError, match="takes no device_map"):
+        from_pretrained(packed_copy, device_map="auto")
+    with pytest.raises(CheckpointError, match="cannot be moved to 'abacus'"):
+        from_pretrained(packed_copy, device="abacus")
+    config = packed_copy / "config.json"
+    before = config.read_text()
+    for old, new, says in (
+        ('"hidden_size": 64', '"hidden_size": "x"', "no configuration that transformers knows: .*hidden_size"),
+        ('"hidden_size": 64', '"hidden_size": 128', "other shapes than config.json asks for"),
+        ('"Qwen3ForCausalLM"', '"pipeline"', "no class of models"),
+        ("{", '{"quantization_config": {"quant_method": "fp8"},', "does not fit"),
+    ):
+        config.write_text(before.replace(old, new, 1))
+        with pytest.raises(CheckpointError, match=says) as caught:
+            from_pretrained(packed_copy, verify=False)
+        assert "\n" not in str(caught.value)
+    config.write_text(before)
+    (packed_copy / "generation_config.json").write_text("[")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: transformers cannot use it"):
+        from_pretrained(packed_copy, verify=False)
     # The weights of one model under the configuration of another.
     shutil.copy(packed("llama")[0] / "config.json", tmp_path / "config.json")
     other = Path(shutil.copytree(packed("gpt2")[0], tmp_path / "other"))
