@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from math import prod
+from typing import TypeGuard
 
 from loaders.conversion import ModuleState
 from loaders.dtypes import torch_name
@@ -24,6 +25,11 @@ _NUMBERS = re.compile(r"(\d+)")
 
 def load_stored_state(source: SourceCheckpoint) -> ModuleState:
     """The tensors of a Hugging Face directory as they are. Loads all of them into memory; CheckpointError."""
+    if source.pickled:
+        raise CheckpointError(
+            f"{source.directory} has its weights as pickles, and only safetensors are packed as stored: "
+            "leave out --as-stored"
+        )
     shapes = {record.name: TensorShape(record.name, record.dtype, record.shape) for record in source.tensors}
     loaded = load_checkpoint(source.directory)
     sizes = {name: loaded.tensors[name].nbytes for name in shapes if name in loaded.tensors}
@@ -34,7 +40,7 @@ def load_stored_state(source: SourceCheckpoint) -> ModuleState:
     architectures = source.config.get("architectures")
     model_type = source.config.get("model_type")
     named = architectures[0] if type(architectures) is list and architectures else model_type
-    if type(named) is not str or type(model_type) is not str:
+    if not _is_name(named) or not _is_name(model_type):
         raise CheckpointError(f"{source.directory / 'config.json'} names no model_type; add it and pack again")
     return ModuleState(
         tensors={name: loaded.tensors[name] for name in sorted(shapes, key=_order)},
@@ -58,6 +64,10 @@ def _order(name: str) -> tuple[int, list[tuple[int, str]]]:
     place = 1 if layer_of(name) else 0 if _EMBEDDING.search(name) else 2
     pieces = enumerate(_NUMBERS.split(name))
     return place, [(int(piece), "") if index % 2 else (0, piece) for index, piece in pieces]
+
+
+def _is_name(value: object) -> TypeGuard[str]:
+    return type(value) is str and value != "" and value.isprintable()
 
 
 def _number(source: SourceCheckpoint, key: str) -> int:

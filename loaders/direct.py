@@ -14,7 +14,7 @@ from typing import Literal
 from loaders.errors import CheckpointError
 from loaders.mapping import cached_bytes
 from loaders.plan import DIRECT_BYTES
-from loaders.reading import open_regular
+from loaders.reading import looking_at, open_regular
 
 Way = Literal["direct", "buffered"]
 
@@ -36,6 +36,8 @@ class LargeFile:
         self.path = path
         self.way: Way = way
         self._descriptor = open_regular(path)
+        self.bytes = os.fstat(self._descriptor).st_size
+        """Of the file when it was opened."""
         self._direct = self._retired = -1
         if way == "direct":
             try:
@@ -94,4 +96,5 @@ class LargeFile:
 
 def best_way(path: Path) -> Way:
     """Buffered where most of the file lies in the page cache, direct otherwise."""
-    return "buffered" if 2 * cached_bytes(path) > path.stat().st_size else "direct"
+    with looking_at(path):
+        return "buffered" if 2 * cached_bytes(path) > path.stat().st_size else "direct"

@@ -26,7 +26,7 @@ import msgspec
 
 from loaders import storage
 from loaders.arrival import Announcement
-from loaders.destination import check_replaceable, check_space
+from loaders.destination import check_replaceable, check_space, resolve_destination
 from loaders.errors import CheckpointError, DestinationBusy
 from loaders.header import HEADER_LIMIT_BYTES
 from loaders.load import StageReport
@@ -185,13 +185,13 @@ class Fetch:
             )
         check_replaceable(self._destination)
         before = _digest_at(self._destination)
+        needed = manifest.bytes + sum(stated.bytes for stated in manifest.files.values())
+        check_space(self._destination.parent, needed - storage.partial_bytes(self._destination))
         companions = {name: read_companion(source, manifest, name) for name in manifest.files}
         small = companions | {MANIFEST_NAME: text} | self._beside
         file = source.open_large(WEIGHTS_NAME)
         try:
             region, packed = _header_of(source, file, manifest)
-            needed = manifest.bytes + sum(map(len, companions.values()))
-            check_space(self._destination.parent, needed - storage.partial_bytes(self._destination))
             with self._dram(manifest) as copy:
                 synced = self._to_destination(manifest, file, region, packed, small, before, copy)
                 if copy is not None and not self._finish(copy) and self._told is not None:
@@ -370,6 +370,10 @@ def fetch_checkpoint(
     came.
     """
     fetch = Fetch(
-        open_source(address), Path(destination), keep_in_memory=keep_in_memory, digest=digest, progress=progress
+        open_source(address),
+        resolve_destination(destination),
+        keep_in_memory=keep_in_memory,
+        digest=digest,
+        progress=progress,
     )
     return fetch.run()

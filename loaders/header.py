@@ -24,6 +24,8 @@ HEADER_LIMIT_BYTES = 100_000_000
 TENSOR_LIMIT = 500_000
 NAME_LIMIT = 1_024
 RANK_LIMIT = 32
+_SIGNS_LIMIT = 8 * TENSOR_LIMIT
+"""A tensor has four colons and two brackets; names, aliases and other metadata may have some."""
 # Beyond any file; keeps every product and sum small enough for other languages' 64-bit readers.
 OFFSET_LIMIT = 1 << 62
 
@@ -106,7 +108,7 @@ def parse_region(region: bytes, file_bytes: int, path: Path) -> Header:
     """The header in `region` (length field and JSON) of a file of `file_bytes`; a CheckpointError names the tensor."""
     text = region[8:]
     # Counted before parsing: objects cost a hundred times the bytes that describe them.
-    if text.count(b'"dtype"') > TENSOR_LIMIT:
+    if text.count(b'"dtype"') > TENSOR_LIMIT or any(text.count(sign) > _SIGNS_LIMIT for sign in (b":", b"[", b"{")):
         raise CheckpointError(f"{path}: its header lists more than {TENSOR_LIMIT} tensors")
     try:
         document = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repeats)
@@ -117,7 +119,7 @@ def parse_region(region: bytes, file_bytes: int, path: Path) -> Header:
     if type(document) is not dict:
         raise CheckpointError(f"{path}: its header is not a JSON object")
     metadata = document.pop("__metadata__", {})
-    if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
+    if type(metadata) is not dict or not all(type(value) is str and _is_text(value) for value in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ in its header is not a mapping from text to text")
     records = [_parse_record(name, entry, path) for name, entry in document.items()]
     records.sort(key=lambda record: (record.begin, record.end))
@@ -176,6 +178,8 @@ def _parse_record(name: str, entry: Any, path: Path) -> TensorRecord:
     where = f"{path}: tensor {quote(name)}"
     if not name or len(name) > NAME_LIMIT:
         raise CheckpointError(f"{where} has a name of {len(name)} characters; 1 to {NAME_LIMIT} are allowed")
+    if not _is_text(name):
+        raise CheckpointError(f"{where} has a name that is no valid Unicode")
     if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where} is not described by exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -198,6 +202,14 @@ def _parse_record(name: str, entry: Any, path: Path) -> TensorRecord:
     if end - begin != expected:
         raise CheckpointError(f"{where} needs {expected} bytes for its shape and dtype, its offsets give {end - begin}")
     return TensorRecord(name, dtype, tuple(shape), begin, end)
+
+
+def _is_text(value: str) -> bool:
+    """JSON can write halves of characters, which other readers refuse."""
+    try:
+        return value.isascii() or bool(value.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_offset(value: object) -> bool:

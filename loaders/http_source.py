@@ -19,6 +19,7 @@ from typing import TypeVar, cast
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from loaders.errors import CheckpointError
+from loaders.packed import CHUNK_BYTES
 
 TIMEOUT_SECONDS = 20.0
 CONNECT_SECONDS = 5.0
@@ -32,6 +33,8 @@ PAUSE_SECONDS = 0.1
 REDIRECTS = 5
 CONNECTIONS = 4
 _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
+_SPACES = re.compile(r"[\x00-\x20\x7f]")
+_LENGTH = re.compile(r"[0-9]{1,18}")
 _SKIP_BYTES = 1 << 20
 
 Got = TypeVar("Got")
@@ -50,7 +53,7 @@ class HttpSource:
     def __init__(self, address: str, *, attempts: int = ATTEMPTS) -> None:
         try:
             parts = urlsplit(address)
-            usable = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+            usable = bool(parts.hostname) and (parts.port is None or parts.port > 0) and not _SPACES.search(address)
         except ValueError:
             usable = False
         if not usable:
@@ -97,11 +100,9 @@ class HttpSource:
                 answer = connection.get({})
                 if answer.status != 200:
                     raise _refused(url, answer.status)
-                content = answer.read(limit + 1)
-                if len(content) > limit:
-                    raise CheckpointError(f"{url} has more than the {limit} bytes that such a file may have")
-                stated = answer.getheader("Content-Length")
-                if stated is not None and stated.isdigit() and int(stated) != len(content):
+                content = _read_all(answer, limit, url)
+                stated = _length_of(answer)
+                if stated is not None and stated != len(content):
                     raise _Trouble(f"{url} broke off after {len(content)} of {stated} bytes")
                 return content
             finally:
@@ -179,11 +180,11 @@ class HttpFile:
                 return int(found[3]), CONNECTIONS
             if answer.status != 200:
                 raise _refused(self._url, answer.status)
-            stated = answer.getheader("Content-Length", "")
-            if not stated.isdigit():
+            stated = _length_of(answer)
+            if stated is None:
                 raise CheckpointError(f"{self._url}: the server takes no ranges and does not say how long the file is")
             self._mark = _mark_of(answer)
-            return int(stated), 1
+            return stated, 1
         finally:
             connection.close()
 
@@ -264,7 +265,7 @@ class HttpConnection:
             if not place:
                 raise CheckpointError(f"{self._url}: the server sends us elsewhere and does not say where")
             self._connection.close()
-            self._connect(urljoin(self._url, place))
+            self._connect(place)
         raise CheckpointError(f"{self._url}: the server sends us elsewhere more than {REDIRECTS} times")
 
     def interrupt(self) -> None:
@@ -277,13 +278,40 @@ class HttpConnection:
             self._connection.close()
         self._closed(self)
 
-    def _connect(self, url: str) -> None:
-        parts: SplitResult = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise CheckpointError(f"{self._url}: the server sends us to {url[:200]!r}, which is no http address")
+    def _connect(self, place: str) -> None:
+        """To `place`, which may be relative to the first address."""
+        try:
+            parts: SplitResult = urlsplit(urljoin(self._url, place))
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable or _SPACES.search(place):
+            raise CheckpointError(f"{self._url}: the server sends us to {place[:200]!r}, which is no http address")
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connection = kind(parts.hostname, parts.port, timeout=CONNECT_SECONDS)
+        self._connection = kind(cast(str, parts.hostname), parts.port, timeout=CONNECT_SECONDS)
         self._target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+
+
+def _read_all(answer: http.client.HTTPResponse, limit: int, url: str) -> bytes:
+    """The whole body, refused when it is larger than `limit` bytes."""
+    pieces: list[bytes] = []
+    left = limit
+    began = time.monotonic()
+    while piece := answer.read1(_SKIP_BYTES):
+        pieces.append(piece)
+        left -= len(piece)
+        if left < 0:
+            raise CheckpointError(f"{url} has more than the {limit} bytes that such a file may have")
+        seconds = time.monotonic() - began
+        if seconds > PIECE_SECONDS * (1 + (limit - left) / CHUNK_BYTES):
+            raise _Trouble(f"{url} gave {limit - left} bytes in {seconds:.0f} s: it is too slow")
+    return b"".join(pieces)
+
+
+def _length_of(answer: http.client.HTTPResponse) -> int | None:
+    """What the answer says of its length, if that can be one."""
+    stated = answer.getheader("Content-Length", "").strip()
+    return int(stated) if _LENGTH.fullmatch(stated) else None
 
 
 def _fill(answer: http.client.HTTPResponse, memory: memoryview, url: str) -> None:

@@ -9,7 +9,7 @@ import msgspec
 
 from loaders.errors import CheckpointError, quote
 from loaders.packed import FORMAT_VERSION, WEIGHTS_NAME, PackedHeader, checksum_of
-from loaders.reading import read_bounded, require_companion_name
+from loaders.reading import looking_at, read_bounded, require_companion_name, require_directory
 
 MANIFEST_NAME = "longshore.json"
 MANIFEST_LIMIT_BYTES = 1 << 20
@@ -78,13 +78,13 @@ def read_manifest(directory: Path) -> Manifest:
     version.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory")
     path = directory / MANIFEST_NAME
-    if not path.exists():
-        raise CheckpointError(
-            f"{directory} is not a packed checkpoint (it has no {MANIFEST_NAME}); pack the source first"
-        )
+    with looking_at(path):
+        require_directory(directory)
+        if not path.exists():
+            raise CheckpointError(
+                f"{directory} is not a packed checkpoint (it has no {MANIFEST_NAME}); pack the source first"
+            )
     return parse_manifest(read_bounded(path, MANIFEST_LIMIT_BYTES), path)
 
 
@@ -103,6 +103,8 @@ def parse_manifest(content: bytes, where: Path | str) -> Manifest:
         raise CheckpointError(f"{where} is damaged (its checksum differs); pack the checkpoint again")
     for name in manifest.files:
         require_companion_name(name, str(where))
+        if name in (WEIGHTS_NAME, MANIFEST_NAME):
+            raise CheckpointError(f"{where} lists {quote(name)} among the files beside the weights; pack again")
     return manifest
 
 

@@ -11,11 +11,11 @@ import msgspec
 import xxhash
 
 from loaders import storage
-from loaders.destination import check_replaceable, check_space
+from loaders.destination import check_replaceable, check_space, resolve_destination
 from loaders.errors import CheckpointError
 from loaders.header import TensorRecord
 from loaders.layout import PADDING_PREFIX, TensorShape, arrange
-from loaders.manifest import MANIFEST_NAME, CompanionFile, Manifest, encode_manifest, read_manifest
+from loaders.manifest import MANIFEST_NAME, CompanionFile, Manifest, encode_manifest, parse_manifest
 from loaders.packed import (
     CHUNK_BYTES,
     FORMAT_VERSION,
@@ -58,7 +58,7 @@ def pack_checkpoint(
         raise CheckpointError(
             f"a chunk of {chunk_bytes} bytes is not possible: choose a multiple of 4096, 4 KiB to 1 GiB"
         )
-    source, destination = Path(source).resolve(), _resolve_destination(Path(destination))
+    source, destination = Path(source).resolve(), resolve_destination(destination)
     found = inspect_source(source, tokenizer=not as_stored)
     _check_destination(source, destination)
     companions = read_companions(source)
@@ -92,8 +92,10 @@ def pack_checkpoint(
         for name, content in companions.items():
             (temporary / name).parent.mkdir(exist_ok=True)
             storage.write_file(temporary / name, content)
-        storage.write_file(temporary / MANIFEST_NAME, encode_manifest(manifest))
-    return read_manifest(destination)
+        encoded = encode_manifest(manifest)
+        manifest = parse_manifest(encoded, destination / MANIFEST_NAME)
+        storage.write_file(temporary / MANIFEST_NAME, encoded)
+    return manifest
 
 
 class _WeightsWriter:
@@ -227,13 +229,6 @@ def _describe(
             for name, content in companions.items()
         },
     )
-
-
-def _resolve_destination(destination: Path) -> Path:
-    """The absolute path; a link is refused, since replacing it would leave what it points to."""
-    if destination.is_symlink():
-        raise CheckpointError(f"{destination} is a symbolic link; give the directory itself")
-    return destination.resolve()
 
 
 def _check_destination(source: Path, destination: Path) -> None:

@@ -16,7 +16,8 @@ from loaders.layout import PADDING_PREFIX
 from loaders.manifest import MANIFEST_NAME, check_agreement, check_companions, read_manifest
 from loaders.memory import HUGE_PAGE_BYTES, round_up
 from loaders.packed import WEIGHTS_NAME, read_packed_header
-from loaders.source import shards_of
+from loaders.reading import looking_at, require_directory
+from loaders.source import check_names, check_shard, shards_of
 
 DIRECT_BYTES = 4096
 """Direct reads begin, end and land at multiples of this."""
@@ -79,9 +80,11 @@ def plan_load(directory: Path, *, verify: bool = True) -> LoadPlan:
     CheckpointError.
     """
     directory = Path(directory)
-    if (directory / MANIFEST_NAME).exists():
-        return _plan_packed(directory, verify=verify)
-    return _plan_shards(directory)
+    with looking_at(directory):
+        require_directory(directory)
+        if (directory / MANIFEST_NAME).exists():
+            return _plan_packed(directory, verify=verify)
+        return _plan_shards(directory)
 
 
 def _plan_packed(directory: Path, *, verify: bool) -> LoadPlan:
@@ -109,12 +112,12 @@ def _plan_shards(directory: Path) -> LoadPlan:
         raise CheckpointError(
             f"{directory} has its weights as pickles, which cannot be read in place: pack it first (`longshore pack`)"
         )
-    paths = [path for path, _ in shards]
     pieces: list[Piece] = []
     tensors: list[PlacedTensor] = []
     base = 0
-    for file, path in enumerate(paths):
+    for file, (path, expected) in enumerate(shards):
         header = read_header(path)
+        check_shard(path, expected, header.tensors)
         file_bytes = header.data_start + header.data_bytes
         # The file as it is: its place in memory keeps its alignment, so that reads may be direct.
         first = header.data_start - header.data_start % DIRECT_BYTES
@@ -125,7 +128,8 @@ def _plan_shards(directory: Path) -> LoadPlan:
             if not record.name.startswith(PADDING_PREFIX):
                 tensors.append(_place(record, base + header.data_start - first))
         base += round_up(file_bytes - first, HUGE_PAGE_BYTES)
-    return LoadPlan(directory, tuple(paths), tuple(pieces), tuple(tensors), {}, base, False)
+    check_names(directory, [tensor.name for tensor in tensors])
+    return LoadPlan(directory, tuple(path for path, _ in shards), tuple(pieces), tuple(tensors), {}, base, False)
 
 
 def _place(record: TensorRecord, base: int) -> PlacedTensor:

@@ -11,7 +11,8 @@ from typing import Protocol
 
 from loaders.direct import LargeFile
 from loaders.errors import CheckpointError
-from loaders.reading import read_bounded
+from loaders.manifest import MANIFEST_NAME
+from loaders.reading import looking_at, read_bounded, require_directory
 
 
 class RemoteFile(Protocol):
@@ -74,14 +75,17 @@ class DirectorySource:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        if not directory.is_dir():
-            raise CheckpointError(f"there is no directory {directory}")
+        with looking_at(directory):
+            require_directory(directory)
 
     @property
     def name(self) -> str:
         return str(self.directory)
 
     def read_small(self, name: str, limit: int) -> bytes:
+        with looking_at(self.directory):
+            if name == MANIFEST_NAME and not (self.directory / name).exists():
+                raise CheckpointError(f"{self.directory} is not a packed checkpoint (it has no {name}); pack it first")
         return read_bounded(self.directory / name, limit)
 
     def open_large(self, name: str) -> RemoteFile:
@@ -98,7 +102,7 @@ class _LargeDirectoryFile:
 
     def __init__(self, path: Path) -> None:
         self._file = LargeFile(path, "buffered")
-        self.bytes = path.stat().st_size
+        self.bytes = self._file.bytes
 
     def read(self, memory: memoryview, offset: int, count: int) -> None:
         self._file.read(memory, offset, count)

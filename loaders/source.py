@@ -5,7 +5,7 @@ weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ from loaders.layout import PADDING_PREFIX
 from loaders.manifest import COMPANION_LIMIT_BYTES
 from loaders.packed import WEIGHTS_NAME
 from loaders.pickled import read_pickled
-from loaders.reading import read_bounded, require_plain_name
+from loaders.reading import looking_at, read_bounded, require_directory, require_plain_name
 
 CONFIG_LIMIT_BYTES = 16 << 20
 INDEX_LIMIT_BYTES = 128 << 20
@@ -82,10 +82,12 @@ def inspect_source(directory: Path, *, tokenizer: bool = True) -> SourceCheckpoi
     """Checks directory, config.json, tokenizer (unless nobody will need it) and every shard's header and size; one
     CheckpointError per kind of trouble.
     """
-    if not directory.exists():
-        raise CheckpointError(f"there is no directory {directory}")
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory but a file; give the directory that holds config.json")
+    with looking_at(directory):
+        return _inspect(directory, tokenizer=tokenizer)
+
+
+def _inspect(directory: Path, *, tokenizer: bool) -> SourceCheckpoint:
+    require_directory(directory)
     config_path = directory / "config.json"
     if not config_path.exists():
         raise CheckpointError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint")
@@ -94,16 +96,9 @@ def inspect_source(directory: Path, *, tokenizer: bool = True) -> SourceCheckpoi
     shards, pickled = shards_of(directory)
     for path, expected in shards:
         records = read_pickled(path) if pickled else read_header(path).tensors
-        missing = sorted(expected - {record.name for record in records})
-        if missing:
-            raise CheckpointError(
-                f"{path} lacks {enumerate_some(missing)}, which the index says it holds; get it again"
-            )
+        check_shard(path, expected, records)
         tensors += [record for record in records if not record.name.startswith(PADDING_PREFIX)]
-    names = sorted(record.name for record in tensors)
-    for first, second in pairwise(names):
-        if first == second:
-            raise CheckpointError(f"{directory}: tensor {quote(first)} stands in two shards; download it again")
+    check_names(directory, [record.name for record in tensors])
     if not any(record.end > record.begin for record in tensors):
         raise CheckpointError(f"{directory}: its weights are empty; download it again")
     found = any((directory / name).exists() for name in TOKENIZER_NAMES) or any(directory.glob("*.tiktoken"))
@@ -114,14 +109,28 @@ def inspect_source(directory: Path, *, tokenizer: bool = True) -> SourceCheckpoi
     return SourceCheckpoint(directory, config, tuple(sorted(tensors, key=lambda record: record.name)), pickled)
 
 
+def check_shard(path: Path, expected: Set[str], records: Iterable[TensorRecord]) -> None:
+    """That the shard at `path`, which holds `records`, has every tensor that the index expects in it."""
+    missing = sorted(expected - {record.name for record in records})
+    if missing:
+        raise CheckpointError(f"{path} lacks {enumerate_some(missing)}, which the index says it holds; get it again")
+
+
+def check_names(directory: Path, names: Iterable[str]) -> None:
+    """That no tensor stands in two shards: readers disagree which one counts."""
+    for first, second in pairwise(sorted(names)):
+        if first == second:
+            raise CheckpointError(f"{directory}: tensor {quote(first)} stands in two shards; download it again")
+
+
 def read_companions(directory: Path) -> dict[str, bytes]:
     """Configuration, tokenizer and chat template, by name: what is copied beside the packed weights."""
     tiktoken = (path.name for path in directory.glob("*.tiktoken"))
     modules = (f"{path.name}/config.json" for path in sorted(directory.glob("[0-9]_*"))[:MODULES_LIMIT])
     names = sorted({*OTHER_NAMES, *TOKENIZER_NAMES, *EMBEDDING_NAMES, *tiktoken, *modules})
-    return {
-        name: read_bounded(directory / name, COMPANION_LIMIT_BYTES) for name in names if (directory / name).exists()
-    }
+    with looking_at(directory):
+        present = [name for name in names if (directory / name).exists()]
+    return {name: read_bounded(directory / name, COMPANION_LIMIT_BYTES) for name in present}
 
 
 def shards_of(directory: Path) -> tuple[list[tuple[Path, set[str]]], bool]:

@@ -13,7 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from actors.local_storage import LocalStorage
 from actors.store_driver import StorageFailed
-from loaders import CheckpointError, Manifest, fetch_checkpoint, load_checkpoint, open_checkpoint, pack_checkpoint
+from loaders import (
+    CheckpointError,
+    Manifest,
+    fetch_checkpoint,
+    load_checkpoint,
+    open_checkpoint,
+    pack_checkpoint,
+    read_manifest,
+)
 from loaders import verify_checkpoint as verify
 from loaders.dtypes import DTYPE_OF_NAME, SHOWN_AS_BYTES
 from loaders.header import DTYPE_BITS
@@ -128,6 +136,33 @@ def test_what_was_packed_and_is_packed_again_keeps_its_tied_tensors_tied(
     with open_checkpoint(first) as before, open_checkpoint(tmp_path / "again") as after:
         assert before.tensors.keys() == after.tensors.keys() and "lm_head.weight" in after.tensors
         assert all(bits(before.tensors[key]) == bits(after.tensors[key]) for key in before.tensors)
+
+
+@pytest.mark.parametrize("spoiled", [{"model_type": ""}, {"model_type": 5}, {"architectures": ["\ud800"]}])
+def test_a_configuration_without_names_is_refused(spoiled: dict[str, object], tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source", tensors_of("F8_E4M3"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | spoiled))
+    with pytest.raises(CheckpointError, match="names no model_type"):
+        pack_checkpoint(source, tmp_path / "packed", as_stored=True)
+
+
+def test_a_manifest_that_nobody_would_read_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source(tmp_path / "source", tensors_of("F8_E4M3"))
+    before = pack_checkpoint(source, tmp_path / "packed", as_stored=True)
+    (source / "config.json").write_text('{"model_type": ""}')
+    monkeypatch.setattr("loaders.as_stored._is_name", lambda name: True)
+    with pytest.raises(CheckpointError, match="not a valid manifest"):
+        pack_checkpoint(source, tmp_path / "packed", as_stored=True)
+    assert read_manifest(tmp_path / "packed") == before
+
+
+def test_pickles_are_not_packed_as_stored(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source", tensors_of("F32"))
+    (source / "model.safetensors").unlink()
+    torch.save({"a": torch.zeros(3)}, source / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="leave out --as-stored"):
+        pack_checkpoint(source, tmp_path / "packed", as_stored=True)
 
 
 async def test_a_cell_does_not_serve_it(packed: Callable[[str], tuple[Path, object]], tmp_path: Path) -> None:

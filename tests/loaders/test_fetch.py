@@ -9,13 +9,23 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from range_server import Handler, find_nginx, nginx, range_server
 
-from loaders import CheckpointError, Manifest, open_checkpoint, resident_bytes, storage, verify_checkpoint
+from loaders import (
+    CheckpointError,
+    Manifest,
+    open_checkpoint,
+    read_manifest,
+    resident_bytes,
+    storage,
+    verify_checkpoint,
+)
 from loaders import http_source as http_module
 from loaders.fetch import Fetch, fetch_checkpoint
+from loaders.manifest import MANIFEST_NAME, encode_manifest
 from loaders.remote import open_source
 
 Packed = Callable[[str], tuple[Path, Manifest]]
@@ -322,7 +332,11 @@ def test_other_weights_than_wanted(packed: Packed, tmp_path: Path) -> None:
         ("http://", "no address"),
         ("http://user:word@host/x", "credentials"),
         ("http://host:99999/x", "no address"),
+        ("http://a host/x", "no address"),
+        ("http://host/x\n", "no address"),
         ("/nowhere/at/all", "no directory"),
+        ("/usr", "not a packed checkpoint"),
+        ("/usr/" + "n" * 300, "too long"),
     ],
 )
 def test_addresses_that_are_none(address: str, sentence: str, tmp_path: Path) -> None:
@@ -330,12 +344,92 @@ def test_addresses_that_are_none(address: str, sentence: str, tmp_path: Path) ->
         fetch_checkpoint(address, tmp_path / "copy")
 
 
-def test_a_manifest_that_names_files_elsewhere(packed_copy: Path, tmp_path: Path) -> None:
-    text = (packed_copy / "longshore.json").read_text().replace('"config.json"', '"../config.json"')
-    (packed_copy / "longshore.json").write_text(text)
-    with pytest.raises(CheckpointError):
+@pytest.mark.parametrize(
+    "name", ["../config.json", "/config.json", "a/../config.json", "a/b/c", WEIGHTS, MANIFEST_NAME]
+)
+def test_a_manifest_that_names_files_elsewhere(name: str, packed_copy: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(packed_copy)
+    forged = msgspec.structs.replace(manifest, files={name: manifest.files["config.json"]})
+    (packed_copy / MANIFEST_NAME).write_bytes(encode_manifest(forged))
+    with pytest.raises(CheckpointError, match=r"plain file name|beside the weights"):
         fetch_checkpoint(packed_copy, tmp_path / "copy")
     nothing_left(tmp_path / "copy")
+
+
+def test_destinations_that_cannot_be_are_refused_before_anything_is_read(
+    packed: Packed, packed_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin, _ = packed("llama")
+    (tmp_path / "link").symlink_to(packed_copy)
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for destination, says in (
+        (tmp_path / "link", "symbolic link"),
+        (tmp_path / "nowhere", "symbolic link"),
+        (packed_copy / "config.json" / "below", "is a file"),
+        (tmp_path / ("n" * 300), "too long"),
+    ):
+        with pytest.raises(CheckpointError, match=says):
+            fetch_checkpoint(origin, destination)
+    monkeypatch.setattr("loaders.destination.os.access", lambda path, mode: False)
+    with pytest.raises(CheckpointError, match="may not write to"):
+        fetch_checkpoint(origin, packed_copy)
+    assert read_manifest(packed_copy).model_type == "qwen3" and (tmp_path / "link").is_symlink()
+
+
+def test_into_the_directory_where_one_stands(packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    origin, _ = packed("llama")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    fetch_checkpoint(origin, ".")
+    check_equal(tmp_path / "here", origin)
+
+
+@pytest.mark.parametrize(
+    ("headers", "says"),
+    [
+        ({"Location": "http://[::1"}, "no http address"),
+        ({"Location": "http://127.0.0.1:99999/x"}, "no http address"),
+        ({"Location": "http://127.0.0.1:1/a b"}, "no http address"),
+        ({"Location": "file:///etc/passwd"}, "no http address"),
+        ({}, "does not say where"),
+    ],
+)
+def test_a_server_that_sends_us_nowhere(headers: dict[str, str], says: str, packed: Packed, tmp_path: Path) -> None:
+    def elsewhere(handler: Handler, name: str, number: int) -> bool:
+        handler.answer(302, b"", headers)
+        return True
+
+    with range_server(packed("llama")[0], elsewhere) as server, pytest.raises(CheckpointError, match=says):
+        fetch_checkpoint(server.url, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("length", ["\u00b2", "9" * 5000, "-5", ""])
+def test_a_length_that_is_none(length: str, packed: Packed, tmp_path: Path) -> None:
+    def lie(handler: Handler, name: str, number: int) -> bool:
+        if name != WEIGHTS:
+            return False
+        handler.wfile.write(f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{{}}".encode("latin-1"))
+        handler.close_connection = True
+        return True
+
+    with range_server(packed("llama")[0], lie) as server, pytest.raises(CheckpointError, match="how long the file is"):
+        fetch_checkpoint(server.url, tmp_path / "copy")
+    nothing_left(tmp_path / "copy")
+
+
+def test_a_server_that_gives_a_byte_at_a_time(packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_module, "PIECE_SECONDS", 0.02)
+    stopped = threading.Event()
+
+    def drip(handler: Handler, name: str, number: int) -> bool:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+        while not stopped.wait(0.002):
+            handler.wfile.write(b" ")
+        return True
+
+    with range_server(packed("llama")[0], drip) as server, pytest.raises(CheckpointError, match="too slow"):
+        fetch_checkpoint(server.url, tmp_path / "copy")
+    stopped.set()
 
 
 def test_what_was_fetched_can_be_computed_with(packed: Packed, tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ def entry(begin: Any, end: Any, dtype: Any = "U8", shape: Any = None) -> dict[st
         ({"a": entry(0, 15, dtype="F6_E3M2", shape=[])}, "multiple of 4"),
         ({"a": entry(0, 16, dtype="F6_E3M2", shape=[5, 4])}, "needs 15 bytes"),
         ({"a": entry(0, 16, dtype="F4", shape=[2, 32])}, "needs 32 bytes"),
+        ({"\ud800": entry(0, 16)}, "no valid Unicode"),
+        ({"__metadata__": {"a": "\udc00"}, "a": entry(0, 16)}, "text to text"),
         ({"a": entry(0, 16, shape=[2**40, 2**40])}, "larger than any file"),
         ({"a": entry(0, 2**70)}, "sizes"),
         ({"a": entry(0, True, shape=[1])}, "two byte positions"),
@@ -87,8 +89,16 @@ def test_a_header_longer_than_the_file_or_the_limit_is_not_read(claim: int, tmp_
         read_header(tmp_path / "file")
 
 
-def test_a_million_entries_are_refused_before_they_become_objects() -> None:
-    text = b'"x":{"dtype":"U8","shape":[],"data_offsets":[0,0]},' * 1_000_000
+@pytest.mark.parametrize(
+    ("entry", "count"),
+    [
+        (b'"x":{"dtype":"U8","shape":[],"data_offsets":[0,0]},', 1_000_000),
+        (b'"x" :0,', 5_000_000),
+        (b"[],", 5_000_000),
+    ],
+)
+def test_a_million_entries_are_refused_before_they_become_objects(entry: bytes, count: int) -> None:
+    text = entry * count
     started = time.perf_counter()
     with pytest.raises(CheckpointError, match="more than 500000 tensors"):
         parse_region(region_of(b"{" + text), 1 << 40, SOME)

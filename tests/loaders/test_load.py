@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loaders import CheckpointError, Manifest, open_checkpoint
+from loaders import CheckpointError, Manifest, open_checkpoint, verify_checkpoint
 from loaders import direct as direct_module
 from loaders.direct import Way
+from loaders.hf import from_pretrained
 from loaders.load import load_checkpoint, start_load
 from loaders.memory import HUGE_PAGE_BYTES, MemoryPool
 from loaders.plan import plan_load
 from loaders.read_threads import PREFETCH, URGENT, ReadThreads
+from loaders.room import Room
 
 Packed = Callable[[str], tuple[Path, Manifest]]
 WAYS: tuple[Way, ...] = ("direct", "buffered")
@@ -277,6 +281,49 @@ def test_threads_that_are_closed_end_and_finish_what_they_were_given() -> None:
     while len(done) < 20 and not deadline.wait(0.001):
         pass
     assert sorted(done) == list(range(20))
+
+
+def test_an_index_that_lies_is_found_without_packing(llama_copy: Path) -> None:
+    index = llama_copy / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    first, *_, last = sorted(set(whole["weight_map"].values()))
+
+    def refused(weight_map: dict[str, str], says: str) -> None:
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match=says):
+            load_checkpoint(llama_copy)
+
+    refused(whole["weight_map"] | {"ghost": last}, "lacks 'ghost', which the index says")
+    refused(whole["weight_map"] | {"ghost": "model-00009-of-00003.safetensors"}, "lacks the shard")
+    refused(whole["weight_map"] | {"ghost": "../outside.safetensors"}, "not a plain file name")
+    shutil.copy(llama_copy / first, llama_copy / "again.safetensors")
+    refused(whole["weight_map"] | {next(iter(load_file(llama_copy / first))): "again.safetensors"}, "in two shards")
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("nowhere", "there is no directory"),
+        ("http://host/model", "fetch it first"),
+        ("n" * 300, "too long"),
+        (__file__, "not a directory but a file"),
+        ("/usr", "has no weights|not a packed"),
+    ],
+)
+@pytest.mark.parametrize("use", [load_checkpoint, open_checkpoint, verify_checkpoint, from_pretrained])
+def test_what_is_no_directory_of_a_model(
+    use: Callable[[Path], object], place: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=f"{says}|no configuration" if place == "/usr" else says):
+        use(Path(place))
+
+
+def test_more_memory_than_there_is(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = Room(0, 1 << 20, "the memory limit of the control group /g")
+    monkeypatch.setattr("loaders.memory.memory_ceiling", lambda: few)
+    with pytest.raises(CheckpointError, match=r"control group /g leaves 0\.00 GB: let other programs end"):
+        load_checkpoint(packed("llama")[0])
 
 
 def test_pickles_are_not_read_in_place(tmp_path: Path, sources: Callable[[str], Path]) -> None:

@@ -139,7 +139,7 @@ def test_a_truncated_file_is_refused(packed_copy: Path, cut: int) -> None:
 
 
 def test_what_is_not_packed_is_refused(tmp_path: Path, packed_copy: Path, packed: Packed) -> None:
-    with pytest.raises(CheckpointError, match="not a directory"):
+    with pytest.raises(CheckpointError, match="there is no directory"):
         read_manifest(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="not a packed checkpoint"):
         read_manifest(tmp_path)
