@@ -34,5 +34,5 @@ def enumerate_some(names: list[str], limit: int = 3) -> str:
 
 def one_line(error: Exception) -> str:
     """What a library said, on one line and not endless."""
-    text = " ".join(str(error).split())
+    text = " ".join("".join(one if one.isprintable() else " " for one in str(error)).split())
     return (text[:300] + "..." if len(text) > 300 else text) or type(error).__name__

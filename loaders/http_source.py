@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import TypeVar, cast
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
-from loaders.errors import CheckpointError
+from loaders.errors import CheckpointError, one_line
 from loaders.packed import CHUNK_BYTES
 
 TIMEOUT_SECONDS = 20.0
@@ -128,7 +128,7 @@ class HttpSource:
                     raise CheckpointError(
                         f"{url}: the certificate of the server is not trusted ({error.reason})"
                     ) from None
-                last = f"{url}: {str(error) or type(error).__name__}"
+                last = f"{url}: {one_line(error)}"
             if number + 1 < self._attempts:
                 self._cancelled.wait(pause)
                 pause *= 4

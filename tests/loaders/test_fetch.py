@@ -417,6 +417,17 @@ def test_a_length_that_is_none(length: str, packed: Packed, tmp_path: Path) -> N
     nothing_left(tmp_path / "copy")
 
 
+def test_an_answer_that_is_no_http_is_told_in_one_line(packed: Packed, tmp_path: Path) -> None:
+    def babble(handler: Handler, name: str, number: int) -> bool:
+        handler.wfile.write(b"\0\x1b[2J\xff" * 1000 + b"\r\n")
+        handler.close_connection = True
+        return True
+
+    with range_server(packed("llama")[0], babble) as server, pytest.raises(CheckpointError, match="given up") as caught:
+        fetch_checkpoint(server.url, tmp_path / "copy")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+
+
 def test_a_server_that_gives_a_byte_at_a_time(packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_module, "PIECE_SECONDS", 0.02)
     stopped = threading.Event()
