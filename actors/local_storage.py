@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from actors.known_models import KnownModels
 from actors.model_sources import fetch_model, find_at_source, read_source
 from actors.stopping import Stop, Stopped, in_thread
 from actors.store_driver import Loaded, StorageFailed
@@ -63,6 +64,7 @@ class LocalStorage:
         self._context_limit = context_limit
         self._tier: DramTier = tier or PageCacheTier(None)
         self._precedence = Precedence()
+        self._known = KnownModels()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="storage")
 
     async def scan(self) -> tuple[HeldModel, ...]:
@@ -81,11 +83,12 @@ class LocalStorage:
         await in_thread(self._threads, lambda stop: self._delete(model))
 
     async def forget_partial(self, model: str) -> None:
+        self._known.remove(model)
         await in_thread(self._threads, lambda stop: remove_partial(self._path(model)))
 
     async def look_after(self) -> str:
-        """Once: what was pushed out of DRAM unasked is brought back, and said. What does not lie there any more, as a
-        sentence, else empty."""
+        """Once: what was pushed out of DRAM unasked is brought back, and said. What does not lie there any more, or is
+        something else on the SSD, as a sentence, else empty."""
         try:
             found = await in_thread(self._threads, lambda stop: self._tier.look_after())
         except (CheckpointError, OSError) as error:
@@ -94,7 +97,9 @@ class LocalStorage:
         for said in found.said:
             logger.warning("%s", said)
         names = ", ".join(path.name for path in found.lost)
-        return f"not in DRAM any more, though nobody evicted it: {names}" if names else ""
+        if names:
+            return f"not in DRAM any more, though nobody evicted it: {names}"
+        return await in_thread(self._threads, lambda stop: self._known.differences(self._digest))
 
     # ---- in a thread: what there is ---------------------------------------------------------------------------
 
@@ -106,6 +111,8 @@ class LocalStorage:
             entries = sorted(self._directory.iterdir())
         except FileNotFoundError:
             return ()
+        except OSError as error:
+            raise StorageFailed(f"{self._directory} cannot be read: {error.strerror or error}") from error
         remove_leftovers(self._directory)
         found = []
         for path in entries:
@@ -125,12 +132,21 @@ class LocalStorage:
             self._tier.forget_others([self._path(held.card.model) for held in found])
         except (CheckpointError, OSError) as error:
             logger.warning("what nobody needs any more could not be let go from DRAM: %s", error)
+        self._known.found({held.card.model: held.card.digest for held in found})
         return tuple(found)
+
+    def _digest(self, model: str) -> str:
+        try:
+            return self._card(model).digest
+        except StorageFailed:
+            return ""
 
     def _find(self, model: str, source: str, stop: Stop) -> HeldModel:
         path = self._path(model)
         if path.is_dir() or not source:
-            return HeldModel(self._card(model), "ssd", read_source(path))
+            card = self._card(model)
+            self._known.add(model, card.digest)
+            return HeldModel(card, "ssd", read_source(path))
         manifest, chat = find_at_source(source, stop)
         return HeldModel(self._describe(model, source, manifest, chat), "remote", source)
 
@@ -167,8 +183,11 @@ class LocalStorage:
             stop.check()
             try:
                 if self._path(model).is_dir() or not sources:
-                    return self._load_from_ssd(model, digest, sources, urgent, stop)
-                return self._load_from_sources(model, digest, sources, urgent, stop)
+                    loaded = self._load_from_ssd(model, digest, sources, urgent, stop)
+                else:
+                    loaded = self._load_from_sources(model, digest, sources, urgent, stop)
+                self._known.add(model, digest)
+                return loaded
             except DestinationBusy:
                 # Servers that share a directory, as those of `longshore up` do: afterwards it lies here.
                 stop.wait(BUSY_SECONDS)
@@ -247,6 +266,7 @@ class LocalStorage:
     def _evict(self, model: str, tier: Tier) -> None:
         self._let_go_from_dram(model)
         if tier == "ssd":
+            self._known.remove(model)
             remove_partial(self._path(model))
         if not self._path(model).is_dir():
             return
@@ -264,6 +284,7 @@ class LocalStorage:
 
     def _delete(self, model: str) -> None:
         path = self._path(model)
+        self._known.remove(model)
         remove_partial(path)
         if not path.is_dir():
             raise StorageFailed(f"{model} does not lie on this server", gone=True)

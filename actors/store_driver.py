@@ -128,7 +128,10 @@ class StoreDriver:
             self._work.end(reason)
 
     async def open(self) -> Message:
-        models = await self._storage.scan()
+        try:
+            models = await self._storage.scan()
+        except StorageFailed as failed:
+            raise EpochOver(f"what lies on this server cannot be told: {failed}") from failed
         return StoreStarted(
             self._server,
             self._dram_bytes,

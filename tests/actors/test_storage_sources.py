@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from range_server import Handler, range_server
 
+from actors.driver_core import EpochOver
 from actors.local_storage import LocalStorage
 from actors.model_sources import SOURCE_NAME
 from actors.stopping import LATER
@@ -126,6 +127,32 @@ async def test_a_source_that_dies_midway_is_followed_by_the_next(origin: Path, m
     assert loaded.tier == "remote" and loaded.source == well.url
     verify_checkpoint(models / "m")
     assert [path.name for path in models.iterdir()] == ["m"]
+
+
+async def test_what_changes_beneath_the_store_is_said_once(origin: Path, models: Path, tmp_path: Path) -> None:
+    for name in ("m", "n"):
+        shutil.copytree(origin, models / name)
+    here = LocalStorage(models)
+    before = {held.card.model: held.card.digest for held in await here.scan()}
+    assert await here.look_after() == ""
+    make_sample(tmp_path / "source", arch="llama", parameters=300_000, seed=2, dtype="float32", context=512)
+    other = pack_checkpoint(tmp_path / "source", models / "m").digest
+    assert await here.look_after() == "", "who packs it anew may tell of it yet"
+    assert await here.look_after() == "not on the SSD as this server said, and nobody told it: m"
+    assert [held.card.digest for held in await here.scan()] == [other, before["n"]]
+    models.rename(tmp_path / "unmounted")
+    assert [await here.look_after(), (await here.look_after())[-4:]] == ["", "m, n"]
+    assert await here.scan() == () and await here.look_after() == await here.look_after() == ""
+    (tmp_path / "unmounted").rename(models)
+    assert [await here.look_after(), (await here.look_after())[-4:]] == ["", "m, n"]
+    assert len(await here.scan()) == 2
+    await here.delete("m")
+    await here.evict("n", "ssd")
+    assert await here.look_after() == await here.look_after() == "", "it was told"
+    models.rmdir()
+    models.write_text("")
+    with pytest.raises(EpochOver, match=r"cannot be told: .*/models cannot be read: Not a directory"):
+        await StoreDriver("s1", dram_bytes=1, storage=here).open()
 
 
 async def test_a_failure_names_what_was_wrong_with_each_source(origin: Path, models: Path, tmp_path: Path) -> None:
