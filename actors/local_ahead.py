@@ -128,6 +128,7 @@ class AheadModel:
     def _open(self) -> None:
         self.gate.open()
         self._arrival.close()
+        self.checkpoint.let_go()
 
     def close(self) -> None:
         """In the thread that computes: let go of it."""

@@ -53,6 +53,11 @@ class ArrivingCheckpoint:
                     raise Interrupted(str(error)) from error
             self._waited[begin, end] = True
 
+    def let_go(self) -> None:
+        """Nothing here refers to the memory any more; what was made of the tensors does. The last call."""
+        self.tensors = {}
+        del self._mapping
+
     def map_pages(self) -> None:
         """Everything is in memory by now: map it. Raises CheckpointError."""
         self._mapping.populate(0, self._mapping.bytes)

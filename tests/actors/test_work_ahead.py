@@ -198,6 +198,8 @@ async def test_the_first_layers_compute_while_the_last_are_on_their_way(folder: 
         kinds = [kind for _, _, kind in here.control.heard if isinstance(kind, ModelLoaded | ModelAttached)]
         assert [type(one) for one in kinds] == [ModelLoaded, ModelAttached], "nothing is stated ahead"
         assert not list((folder / "arriving").iterdir())
+        await here.runtime.detach("m")
+        assert not made.checkpoint.tensors, "an eviction frees what it holds"
 
 
 async def test_a_load_that_fails_midway_fails_as_ever_and_no_token_leaves(folder: Path, undisturbed: list[int]) -> None:
