@@ -8,23 +8,23 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
-from world import (
+from cell_bench import (
     BIRTH,
     CELL,
     MS,
     Bench,
     Chained,
-    World,
     accepted,
     card,
-    check_invariants,
     envelopes,
     said,
     store_started,
     worker_started,
-)  # fmt: skip
+)
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from world import World
+from world_invariants import check_invariants
 
 from actors.actor import Actor
 from actors.cell import Cell

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator
 import msgspec
 import pytest
 from bus_worlds import until
-from world import CELL, World
+from cell_bench import CELL
+from world import World
 
 from actors import cell_snapshots
 from actors.bench_replay import CELL as BENCH_CELL

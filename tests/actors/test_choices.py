@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from world import MS, SECOND, Bench, accepted, said
+from cell_bench import MS, SECOND, Bench, accepted, said
 
 from actors.gpu import Gpu
 from actors.gpu_state import Instance

@@ -9,9 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from cell_bench import card
 from live_cell import CELL, live_cell
 from test_migration_live import ask, ledger, server_of
-from world import card
 
 from actors.children import Child
 from actors.placement import Placement

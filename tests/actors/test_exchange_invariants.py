@@ -11,9 +11,9 @@ from random import Random
 from typing import Any
 
 import msgspec
+from cell_bench import MS, card
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from world import MS, card
 
 from actors.placement import Placement
 from actors.placement_state import PlacementState

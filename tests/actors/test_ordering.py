@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from cell_bench import Bench, Chained, worker_started
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from world import Bench, Chained, worker_started
 
 from bus.contract import Record
 from bus.messages import (

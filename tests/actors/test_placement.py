@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from world import MS, SECOND, card
+from cell_bench import MS, SECOND, card
 
 from actors.placement import FAILURES_LIMIT, Placement
 from actors.placement_start import DETACH_NS

@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from cell_bench import SECOND, card
 from test_placement import Table, drains, placed, starts
-from world import SECOND, card
 
 from actors.placement_exchange import HOLD_NS, MOVES_LIMIT
 from actors.placement_state import RunningInstance, Waiting

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from cell_bench import SECOND, card
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_placement import Table, starts
-from world import SECOND, card
 
 from actors.gpu import Gpu
 from actors.placement_state import kv_plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from world import MS, SECOND, accepted
+from cell_bench import MS, SECOND, accepted
 
 from actors.actor import Unexpected
 from actors.requests import REJECTIONS_LIMIT, REPLIES_LIMIT, Requests

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from world import card
+from cell_bench import card
 
 from actors.actor import Unexpected
 from actors.store import Store

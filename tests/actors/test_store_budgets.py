@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from cell_bench import SECOND, card
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from world import SECOND, card
 
 from actors.store import Store
 from bus.messages import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from world import card
+from cell_bench import card
 
 from actors.store import Store
 from actors.store_room import Evictable, choose, evictable

@@ -6,9 +6,9 @@ import uuid
 from pathlib import Path
 
 import pytest
+from cell_bench import card
 from packed_sample import pack_sample
 from test_placement import Table, refusal, starts
-from world import card
 
 from actors.gpu import Gpu
 from actors.local_runtime import LocalRuntime
