@@ -21,7 +21,7 @@ import torch
 
 from loaders.device_target import DeviceMap, DeviceName, open_device_target
 from loaders.direct import LargeFile, Way, best_way
-from loaders.errors import CheckpointError
+from loaders.errors import CheckpointError, quote
 from loaders.memory import MemoryPool
 from loaders.packed import checksum_of
 from loaders.plan import LoadPlan, plan_load
@@ -227,7 +227,10 @@ class CheckpointLoad:
                 self._read_seconds += read_seconds
                 self._check_seconds += check_seconds
                 if self._progress is not None:
-                    self._progress(self._done_bytes, self._plan.bytes)
+                    try:
+                        self._progress(self._done_bytes, self._plan.bytes)
+                    except BaseException as raised:  # the caller's own: it ends the load, not this thread
+                        self._fail(raised)
             self._ended_at = now
             self._changed.notify_all()
 
@@ -237,7 +240,11 @@ class CheckpointLoad:
 
     def _pieces_of(self, names: Iterable[str]) -> list[int]:
         places = {tensor.name: tensor for tensor in self._plan.tensors}
-        wanted = [places[self._plan.aliases.get(name, name)] for name in names]
+        wanted = []
+        for name in names:
+            if (tensor := places.get(self._plan.aliases.get(name, name))) is None:
+                raise CheckpointError(f"{self._plan.directory} has no tensor {quote(name)}")
+            wanted.append(tensor)
         return [
             index
             for index, piece in enumerate(self._plan.pieces)

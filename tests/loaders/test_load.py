@@ -241,6 +241,24 @@ def test_a_load_that_is_cancelled_ends_and_gives_nothing(packed: Packed, monkeyp
     assert pool.free_bytes == pool.capacity_bytes
 
 
+def test_what_the_callers_progress_raises_ends_the_load(packed: Packed) -> None:
+    directory, _ = packed("llama")
+
+    def progress(done: int, total: int) -> None:
+        raise ZeroDivisionError("of the caller")
+
+    with pytest.raises(ZeroDivisionError, match="of the caller"):
+        load_checkpoint(directory, progress=progress)
+
+
+def test_waiting_for_a_tensor_that_is_not_there_names_it(packed: Packed) -> None:
+    directory, _ = packed("llama")
+    load = start_load(directory)
+    with pytest.raises(CheckpointError, match="has no tensor 'nobody'"):
+        load.wait(["nobody"])
+    load.finish()
+
+
 def test_what_somebody_waits_for_is_read_before_what_may_be_wanted(
     packed: Packed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
