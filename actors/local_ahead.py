@@ -9,10 +9,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 from actors.worker_runtime import EncodedPrompt
 from bus.messages import Generation
@@ -25,6 +28,9 @@ from models.engine import FORESEEN
 from models.instance import Instance, Prepared, load_instance, prepare
 
 POLL_SECONDS = 0.01
+SPARED_CORES = 1
+"""Left to the store while it brings the weights: threads that compute on every core, and wait for each other there,
+made loads of 1 s take 2 to 4 s on two cores."""
 
 logger = logging.getLogger("longshore.worker")
 
@@ -76,6 +82,8 @@ class AheadModel:
         self.gate = LayerGate(made.model, tensors, self._wait)
         self._made_for = manifest.digest, slots, kv_bytes, context
         self._foreseen = False
+        self._compute_threads = 1
+        """Those of a step after the load."""
 
     # ---- in the event loop ------------------------------------------------------------------------------------
 
@@ -140,13 +148,17 @@ class AheadModel:
         if self._stop.is_set():
             raise Interrupted("somebody else goes on")
         self.checkpoint.wait(names, self._stop.is_set)
+        if not self._arrival.coming:
+            torch.set_num_threads(self._compute_threads)
 
     def _step(self) -> None:
         if not self._foreseen:  # it was let go, or is the cell's, since this was asked for
             return
         engine = self.instance.engine
         assert isinstance(engine, EmbeddingEngine) and engine.decoder is not None
+        self._compute_threads = torch.get_num_threads()
         try:
+            torch.set_num_threads(threads_beside_a_load(self._compute_threads))
             engine.step()
         except Interrupted:
             return
@@ -155,9 +167,16 @@ class AheadModel:
             engine.cancel(FORESEEN)
             self._foreseen = False
             return
+        finally:
+            torch.set_num_threads(self._compute_threads)
         if not self.gate.passed:
             # Something may have been used before its bytes were there.
             engine.cancel(FORESEEN)
             self._foreseen = False
         elif not engine.left(FORESEEN):
             self._foreseen = False
+
+
+def threads_beside_a_load(threads: int) -> int:
+    """Of `threads` that compute, how many do while a store brings weights to the memory of the same machine."""
+    return max(1, min(threads, len(os.sched_getaffinity(0)) - SPARED_CORES))

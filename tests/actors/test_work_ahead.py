@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from range_server import Handler, range_server
 from tiny_control import Listener, TinyControl
 
 from actors.driver import DriverShell
-from actors.local_ahead import AheadModel
+from actors.local_ahead import AheadModel, threads_beside_a_load
 from actors.local_runtime import LocalRuntime
 from actors.local_storage import LocalStorage
 from actors.rules import KNOWN_RULES
@@ -300,9 +301,15 @@ async def test_another_prompt_that_comes_first_is_answered_by_its_own(folder: Pa
         assert await second == expected
 
 
+@pytest.mark.parametrize(("threads", "cores", "beside"), [(2, 2, 1), (1, 1, 1), (1, 2, 1), (2, 4, 2), (16, 16, 15)])
+def test_a_core_is_left_to_the_store(monkeypatch: pytest.MonkeyPatch, threads: int, cores: int, beside: int) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
+    assert threads_beside_a_load(threads) == beside
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 async def test_nothing_is_computed_with_before_it_was_told(
-    folder: Path, undisturbed: list[int], *, damaged: bool
+    folder: Path, undisturbed: list[int], monkeypatch: pytest.MonkeyPatch, *, damaged: bool
 ) -> None:
     """The file that bytes come to holds noise until a chunk is told; where the load fails, all of it is let go."""
     packed = folder / "models" / "m"
@@ -312,6 +319,9 @@ async def test_nothing_is_computed_with_before_it_was_told(
     told = Announcement(folder / "arriving" / "m", read_manifest(packed).digest)
     told.begin(coming, len(header.checksums))
     runtime = LocalRuntime(folder / "models", arrivals=folder / "arriving")
+    threads: list[int] = []
+    monkeypatch.setattr("actors.local_ahead.torch.set_num_threads", threads.append)
+    monkeypatch.setattr("actors.local_ahead.threads_beside_a_load", lambda count: count + 1)
     sizes = {"slots": 2, "kv_bytes": 1 << 26, "context": 256}
     made = await runtime.begin_ahead("m", **sizes)
     assert made is not None and await made.foresee(ASKED) and made.wants_step
@@ -328,6 +338,8 @@ async def test_nothing_is_computed_with_before_it_was_told(
             await asyncio.sleep(0.002)
     told.end(whole=not damaged)
     await step
+    own = torch.get_num_threads()
+    assert threads[0] == own + 1 and set(threads[1:]) == {own}, "fewer while the weights come, all of them afterwards"
     assert await made.arrived() is not damaged and made.wants_step is False
     engine = await runtime.attach("m", read_manifest(packed).digest, **sizes)
     assert (engine is begun) is not damaged
