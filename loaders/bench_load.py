@@ -4,7 +4,8 @@ Rate = bytes of the tensors / (load returned + one byte of every 4 KiB page read
 the disk around the run, direct reads of the loader's own files: the disk's rate drifts, the share compares. Loaders are
 interleaved; what is told is the median.
 Before a cold run the page cache is dropped (as root: all of it; otherwise the loader's files by fadvise); before every
-run memory of the model's size is touched and freed, so that no loader pays for memory that the host has taken back.
+run memory of twice the model's size (most loaders have the weights in the page cache and in tensors of their own) is
+touched and freed, so that no loader pays for memory that the host has taken back.
 On a virtual disk the host may still have the files in its own cache: all of them are read once before the first run, so
 that every loader finds them there alike.
 """
@@ -28,6 +29,7 @@ from loaders.disk_probe import PROBE_BYTES, DiskProbe
 from loaders.errors import CheckpointError
 from loaders.mapping import drop_from_memory
 from loaders.memory import MemoryPool
+from loaders.room import memory_room
 
 CHILD_SECONDS = 600
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
@@ -180,7 +182,7 @@ def bench_load(
             nonlocal dropped
             dropped = drop_cache(files)
             measured.append(probe.measure(files))
-            warm_memory(tensor_bytes)
+            warm_for_load(tensor_bytes)
 
         answer = run_child(name, paths, check=number == 0, before=before_cold)
         measured.append(probe.measure(files))
@@ -194,7 +196,7 @@ def bench_load(
 
         def before_warm() -> None:
             read_through(files)
-            warm_memory(tensor_bytes)
+            warm_for_load(tensor_bytes)
 
         answer = run_child(name, paths, check=False, before=before_warm)
         warm[name].append(Run(answer["bytes"] / answer["seconds"] / 1e9, 0.0))
@@ -223,6 +225,15 @@ def bench_load(
 def warm_memory(count: int) -> None:
     """Memory that was touched just now costs nothing extra to get; memory that lay idle may be with the host."""
     MemoryPool(count)
+
+
+def warm_for_load(weight_bytes: int) -> None:
+    """Memory for the weights twice: most loaders have them in the page cache and in tensors of their own.
+
+    As much as there is, where that is less.
+    """
+    room = memory_room()
+    warm_memory(max(1, min(2 * weight_bytes, room.bytes if room is not None else weight_bytes)))
 
 
 def read_through(files: Sequence[Path]) -> None:
