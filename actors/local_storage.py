@@ -70,7 +70,11 @@ class LocalStorage:
     async def scan(self) -> tuple[HeldModel, ...]:
         return await in_thread(self._threads, lambda stop: self._scan())
 
-    async def load(self, model: str, digest: str, sources: tuple[str, ...] = (), urgent: bool = True) -> Loaded:
+    async def load(
+        self, model: str, digest: str, sources: tuple[str, ...] = (), urgent: bool = True, streamed: bool = False
+    ) -> Loaded:
+        if streamed:
+            return await in_thread(self._threads, lambda stop: self._load_to_ssd(model, digest, sources, urgent, stop))
         return await in_thread(self._threads, lambda stop: self._load(model, digest, sources, urgent, stop))
 
     async def evict(self, model: str, tier: Tier = "dram") -> None:
@@ -192,10 +196,30 @@ class LocalStorage:
                 # Servers that share a directory, as those of `longshore up` do: afterwards it lies here.
                 stop.wait(BUSY_SECONDS)
 
-    def _load_from_ssd(self, model: str, digest: str, sources: tuple[str, ...], urgent: bool, stop: Stop) -> Loaded:
+    def _load_to_ssd(self, model: str, digest: str, sources: tuple[str, ...], urgent: bool, stop: Stop) -> Loaded:
+        """What is larger than the budget of DRAM: workers read it from the SSD themselves, and check it then."""
+        while True:
+            stop.check()
+            try:
+                if self._path(model).is_dir() or not sources:
+                    card, origin, seconds = self._card_of(model, digest), read_source(self._path(model)), 0.0
+                    loaded = Loaded(card.weight_bytes, "ssd", origin, seconds)
+                else:
+                    loaded = self._load_from_sources(model, digest, sources, urgent, stop, streamed=True)
+                self._known.add(model, digest)
+                return loaded
+            except DestinationBusy:
+                stop.wait(BUSY_SECONDS)
+
+    def _card_of(self, model: str, digest: str) -> ModelCard:
+        """Its card, if it is the very model that was placed."""
         card = self._card(model)
         if card.digest != digest:
             raise StorageFailed(f"the weights of {model} on this server are not the ones that were placed", gone=True)
+        return card
+
+    def _load_from_ssd(self, model: str, digest: str, sources: tuple[str, ...], urgent: bool, stop: Stop) -> Loaded:
+        card = self._card_of(model, digest)
         began = time.monotonic()
         try:
             with self._precedence.turn("disk", urgent=urgent) as turn, self._told(model, digest) as told:
@@ -226,7 +250,10 @@ class LocalStorage:
         finally:
             told.end(whole=whole)
 
-    def _load_from_sources(self, model: str, digest: str, sources: tuple[str, ...], urgent: bool, stop: Stop) -> Loaded:
+    def _load_from_sources(
+        self, model: str, digest: str, sources: tuple[str, ...], urgent: bool, stop: Stop, *, streamed: bool = False
+    ) -> Loaded:
+        """`streamed`: to the SSD alone, past the page cache, and nobody hears of it before it is there."""
         path = self._path(model)
         self._remove_partials_but(path)
         began = time.monotonic()
@@ -240,10 +267,10 @@ class LocalStorage:
                     sources,
                     before,
                     stop,
-                    self._tier.filling,
-                    functools.partial(self._told, model, digest),
-                    functools.partial(self._tier.adopt, path),
-                    told_of_file=self._tier.weights_root is None,
+                    None if streamed else self._tier.filling,
+                    functools.partial(_untold if streamed else self._told, model, digest),
+                    (lambda: True) if streamed else functools.partial(self._tier.adopt, path),
+                    told_of_file=not streamed and self._tier.weights_root is None,
                 )
         except Stopped:
             if not stop.later:
@@ -300,6 +327,12 @@ class LocalStorage:
 
 
 _DELETED = ".deleted"
+
+
+@contextmanager
+def _untold(model: str, digest: str) -> Iterator[Announcement]:
+    """What comes to the SSD alone is nothing that a worker could begin with."""
+    yield Announcement(None, digest)
 
 
 def _wait(turn: Callable[[Callable[[], bool]], None], stop: Stop) -> None:

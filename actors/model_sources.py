@@ -59,7 +59,7 @@ def fetch_model(
     sources: tuple[str, ...],
     before: Callable[[], None],
     stop: Stop,
-    filling: Filling,
+    filling: Filling | None,
     telling: Callable[[], AbstractContextManager[Announcement]],
     adopt: Callable[[], bool],
     *,
@@ -68,7 +68,7 @@ def fetch_model(
     """Fetch it from the first of the sources that gives these very weights, whole or not at all; what `adopt` says.
 
     Each source goes on where the one before it stopped, and is told of by an announcement of its own. `filling` and
-    `told_of_file`: see `loaders.fetch.Fetch`.
+    `told_of_file`: see `loaders.fetch.Fetch`. Without `filling` it comes to the SSD alone, past the page cache.
 
     Raises `StorageFailed`, which says what was wrong with each, `DestinationBusy`, or `Stopped`.
     """
@@ -86,6 +86,7 @@ def fetch_model(
                     digest=digest,
                     before=before,
                     beside=beside,
+                    keep_in_memory=filling is not None,
                     filling=filling,
                     told=told,
                     told_of_file=told_of_file,

@@ -53,7 +53,9 @@ class PlacementBooks(Actor):
         """The model is on its way to DRAM where an instance starts from SSD or from remote."""
         name = model.card.model
         tier = model.servers.get(server_name, "remote")
-        if tier == "dram" or not server.up or (self.rules >= 3 and server.streams(model.card)):
+        if tier == "dram" or not server.up:
+            return
+        if self.rules >= 3 and server.streams(model.card) and (self.rules < 5 or tier != "remote"):
             return
         for worker_name in model.instances:
             worker = self.state.workers[worker_name]
@@ -164,9 +166,11 @@ class PlacementBooks(Actor):
         return on_ssd or not found.ssd_bytes or found.own_bytes + model.card.weight_bytes <= found.ssd_bytes
 
     def _takes(self, server: str, model: KnownModel) -> int:
-        """How large this model may be there: what lies on the SSD may be streamed from it, from rule version 3 on."""
+        """How large this model may be there: what lies on the SSD may be streamed from it, from rule version 3 on, and
+        what comes to it first, from 5 on."""
         on_ssd = model.servers.get(server, "remote") != "remote"
-        return LARGEST if self.rules >= 3 and on_ssd else self.state.servers[server].dram_bytes
+        streamed = self.rules >= (3 if on_ssd else 5)
+        return LARGEST if streamed else self.state.servers[server].dram_bytes
 
     def _index(self, worker: str, model: KnownModel, instance: RunningInstance) -> None:
         """Keep `model.open` true after the status or the slots in use of one of its instances changed."""

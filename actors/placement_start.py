@@ -108,7 +108,7 @@ def _weigh(
 ) -> Option | None:
     card = model.card
     server = state.servers.get(worker.server)
-    tier = nearest_tier(state, model, worker.server, peers)
+    tier = nearest_tier(state, model, worker.server, peers, rules=rules)
     if server is None or tier is None or card.model in worker.instances:
         return None
     slots, kv_bytes = kv_plan(card, worker.memory_bytes, worker.max_slots)
@@ -130,14 +130,17 @@ def _weigh(
 
 
 def nearest_tier(
-    state: PlacementState, model: KnownModel, server_name: str, peers: list[tuple[str, str]]
+    state: PlacementState, model: KnownModel, server_name: str, peers: list[tuple[str, str]], *, rules: int = 0
 ) -> Tier | None:
-    """From where this server would bring the model to DRAM; None where it cannot, or takes nothing new."""
+    """From where this server would bring the model to DRAM; None where it cannot, or takes nothing new.
+
+    What is larger than the budget of DRAM comes to the SSD only, from rule version 5 on.
+    """
     server = state.servers.get(server_name)
     tier = model.servers.get(server_name, "remote")
     if server is None or not server.up or server_name in model.replaced or server_name in state.draining:
         return None
-    if tier == "remote" and server.streams(model.card):
+    if tier == "remote" and server.streams(model.card) and rules < 5:
         return None  # it is streamed from the SSD only
     if tier == "remote" and not model.source and all(name == server_name for name, _ in peers):
         return None
@@ -155,6 +158,8 @@ def loading_times(server: Server, card: ModelCard, tier: Tier) -> tuple[int, int
     rate = server.ssd_rate if tier == "ssd" else server.remote_rate
     queue_ns = sum(size * SECOND // rate for rate, size in ahead.items())
     load_ns = server.loading.get(card.model, card.weight_bytes) * SECOND // rate
+    if tier == "remote" and server.streams(card):  # and then its worker reads it from the SSD
+        load_ns += card.weight_bytes * SECOND // server.ssd_rate
     return min(LARGEST, queue_ns), min(LARGEST, load_ns)
 
 
@@ -255,7 +260,7 @@ def dram_short(server: Server, card: ModelCard, promised: list[ModelCard], rules
     if rules >= 3 and server.streams(card):
         return 0
     sizes = {name: lease.weight_bytes for name, lease in server.leased.items()}
-    sizes.update(server.loading)
+    sizes.update((name, size) for name, size in server.loading.items() if rules < 5 or size <= server.dram_bytes)
     for other in promised:
         if rules < 3 or not server.streams(other):
             sizes[other.model] = other.weight_bytes
@@ -285,7 +290,7 @@ def choose_drain(state: PlacementState, model: KnownModel, *, rules: int) -> tup
         if server is None or not server.up or name in drained:
             continue
         far = model.servers.get(worker.server, "remote") == "remote"
-        if far and (server.streams(card) or not sources_for(state, model, worker.server)):
+        if far and ((server.streams(card) and rules < 5) or not sources_for(state, model, worker.server)):
             continue
         if worker.server in state.draining:
             continue

@@ -14,7 +14,8 @@ what stands behind it by the new one, on every replica and in every replay. So b
         for a request that waits; a model that lies on no server is refused where every SSD is taken by what lies
         nowhere else; `self.rules >= 4`
     version 5: a model that is removed is dropped by every server, so that what came of it to one that was not to keep
-        it goes, too; an operator may want a model in DRAM before requests come; `self.rules >= 5`
+        it goes, too; an operator may want a model in DRAM before requests come; what is larger than the budget of DRAM
+        and lies elsewhere is fetched to the SSD, and streamed from there; `self.rules >= 5`
 
 Version N may be taken out, with what is its own in those places, once nobody has to decide by it any more: every cell's
 switch to a later one lies behind its oldest snapshot, and no recording from before that is to be verified by this
@@ -41,7 +42,7 @@ SENTENCES = {
     4: "what starts for answers that were to move there is given up when they end, or stay, before that; "
     "a model for which no SSD may ever have room is refused",
     5: "what came of a model before its fetch broke off goes with the model, on every server; an operator may "
-    "want a model in DRAM before requests come",
+    "want a model in DRAM before requests come; what is larger than DRAM may come from elsewhere to the SSD",
 }
 """Per version, for people."""
 

@@ -9,7 +9,7 @@ Rules
 * Room is made by evicting what is not leased, that whose loss costs least (`actors.store_room`); the eviction says why.
   From the SSD only what can be fetched again goes.
 * A model larger than the budget of DRAM is never brought there: its worker streams it, and its lease keeps the files on
-  the SSD (from rule version 3 on).
+  the SSD (from rule version 3 on), to which it comes from elsewhere first (from rule version 5 on).
 * What an operator wants in DRAM is loaded by the same rules, after what somebody waits for, and is not leased (from
   rule version 5 on).
 * A load that nobody waits for any more is broken off, if whoever wanted it says so.
@@ -151,7 +151,7 @@ class Store(Actor):
         if model.loading:
             model.waiting[message.worker] = True
             return []
-        if model.tier == "ssd" and self.rules >= 3 and model.card.weight_bytes > self.state.dram_bytes:
+        if model.tier == "ssd" and self.rules >= 3 and self.state.streams(model.card):
             model.leases[message.worker] = False
             return [To(message.worker, LeaseGranted(message.model, model.card.digest, "ssd", streamed=True))]
         return self._bring(message.worker, message, model, now, urgent=message.urgent)
@@ -188,7 +188,9 @@ class Store(Actor):
         if model.tier == "remote":
             model.card = message.card or model.card
             model.sources = message.sources or ((model.source,) if model.source else ())
-        refused, said = self._never_fits(message.model, model), list[To]()
+        leased = isinstance(message, LeaseModel) and self.rules >= 5
+        streamed = leased and self._comes_to_ssd_only(model)
+        refused, said = self._never_fits(message.model, model, streamed=streamed), list[To]()
         never = bool(refused)
         refused = refused or self._make_room(message.model, model, message.keep, now, said)
         if refused:
@@ -215,7 +217,9 @@ class Store(Actor):
 
     def on_ModelLoaded(self, message: ModelLoaded, now: int) -> list[To]:
         model = self.state.models[message.model]
-        model.loading, model.tier, model.used_at, model.cancelling = False, "dram", now, False
+        streamed = self._comes_to_ssd_only(model)
+        model.loading, model.used_at, model.cancelling = False, now, False
+        model.tier = "ssd" if streamed else "dram"
         # Where an operator said it is outlasts a copy that another server happened to have.
         model.source = model.source or message.source
         if message.duration_ns:
@@ -227,10 +231,12 @@ class Store(Actor):
         said = [self._held(model, message.duration_ns, message.tier)]
         for worker in model.waiting:
             if worker.startswith(_WISH):
-                said.append(self._answer(worker, message.model))
+                reason = self._too_large_for_dram(message.model, model) if streamed else ""
+                said.append(self._answer(worker, message.model, reason=reason))
                 continue
-            model.leases[worker] = True
-            said.append(To(worker, LeaseGranted(message.model, model.card.digest, message.tier)))
+            model.leases[worker] = not streamed
+            granted = LeaseGranted(message.model, model.card.digest, message.tier, streamed=streamed)
+            said.append(To(worker, granted))
         model.waiting = {}
         if model.newer is not None:
             said.append(To("placement", ModelReplaced(self.state.server, message.model)))
@@ -341,11 +347,19 @@ class Store(Actor):
         model.tier = "remote"
         return [*said, To(self._driver, EvictModel(name, reason, "ssd")), self._held(model)]
 
-    def _never_fits(self, wanted: str, model: StoredModel) -> str:
+    def _comes_to_ssd_only(self, model: StoredModel) -> bool:
+        """Whether its load ends on the SSD, where its workers read it themselves. None is begun before version 5."""
+        return model.tier == "remote" and self.state.streams(model.card)
+
+    def _too_large_for_dram(self, wanted: str, model: StoredModel) -> str:
+        size, budget = model.card.weight_bytes, self.state.dram_bytes
+        return f"{wanted} needs {size} bytes of DRAM, the budget of {self.state.server} is {budget}"
+
+    def _never_fits(self, wanted: str, model: StoredModel, *, streamed: bool) -> str:
         """One sentence where a budget is too small for this model whatever goes."""
         size, server = model.card.weight_bytes, self.state.server
-        if size > self.state.dram_bytes:
-            return f"{wanted} needs {size} bytes of DRAM, the budget of {server} is {self.state.dram_bytes}"
+        if self.state.streams(model.card) and not streamed:
+            return self._too_large_for_dram(wanted, model)
         if model.tier == "remote" and 0 < self.state.ssd_bytes < size:
             return f"{wanted} needs {size} bytes of SSD, the budget of {server} is {self.state.ssd_bytes}"
         return ""
@@ -372,6 +386,8 @@ class Store(Actor):
             disk = found
         leaving = [one.name for one in disk]
         freed = sum(one.size for one in disk if self.state.models[one.name].tier == "dram")
+        if self._comes_to_ssd_only(model):
+            size = 0  # of DRAM
         short = self.state.dram_used() - freed + size - self.state.dram_bytes
         in_dram = [one for one in self._candidates("ssd", now, keep) if one.name not in leaving]
         victims = choose(in_dram, short) if short > 0 else []
@@ -396,7 +412,8 @@ class Store(Actor):
 
     def _load(self, name: str, model: StoredModel) -> To:
         sources = model.sources if model.tier == "remote" else ()
-        return To(self._driver, LoadModel(name, model.card.digest, sources, model.urgent))
+        streamed = self._comes_to_ssd_only(model)
+        return To(self._driver, LoadModel(name, model.card.digest, sources, model.urgent, streamed))
 
     def _held(self, model: StoredModel, duration_ns: int = 0, origin: Tier = "ssd") -> To:
         held = ModelHeld(self.state.server, model.card, model.tier, duration_ns, origin, model.source)

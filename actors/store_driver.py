@@ -69,8 +69,10 @@ class Storage(Protocol):
         """Every valid model on this server, the tier it lies in, and where it came from."""
         ...
 
-    async def load(self, model: str, digest: str, sources: tuple[str, ...] = (), urgent: bool = True) -> Loaded:
-        """Bring it to DRAM, every byte checked. The digest names the very weights meant.
+    async def load(
+        self, model: str, digest: str, sources: tuple[str, ...] = (), urgent: bool = True, streamed: bool = False
+    ) -> Loaded:
+        """Bring it to DRAM, every byte checked; `streamed`: to the SSD alone. The digest names the very weights meant.
 
         Where it does not lie on this server, it comes from the first of the `sources` that gives it, and lies on the
         SSD, too. `urgent` loads go before others.
@@ -182,7 +184,9 @@ class StoreDriver:
         now = asyncio.get_running_loop().time
         began = now()
         try:
-            loaded = await self._storage.load(message.model, message.digest, message.sources, message.urgent)
+            loaded = await self._storage.load(
+                message.model, message.digest, message.sources, message.urgent, message.streamed
+            )
         except StorageFailed as failed:
             return LoadFailed(message.model, str(failed)[:4000], failed.gone)
         seconds = now() - began if loaded.seconds is None else loaded.seconds

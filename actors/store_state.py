@@ -63,7 +63,15 @@ class StoreState(msgspec.Struct):
 
     def dram_used(self) -> int:
         """Bytes of DRAM that are taken or promised."""
-        return sum(m.card.weight_bytes for m in self.models.values() if m.tier == "dram" or m.loading)
+        return sum(
+            m.card.weight_bytes
+            for m in self.models.values()
+            if m.tier == "dram" or (m.loading and not self.streams(m.card))
+        )
+
+    def streams(self, card: ModelCard) -> bool:
+        """Whether it is larger than the budget of DRAM, so that a worker reads it from the SSD itself."""
+        return card.weight_bytes > self.dram_bytes
 
     def ssd_used(self) -> int:
         """Bytes of the SSD that are taken or promised."""

@@ -35,7 +35,9 @@ class StubStorage:
             if name not in self.corrupt
         )
 
-    async def load(self, model: str, digest: str, sources: tuple[str, ...] = (), urgent: bool = True) -> Loaded:
+    async def load(
+        self, model: str, digest: str, sources: tuple[str, ...] = (), urgent: bool = True, streamed: bool = False
+    ) -> Loaded:
         tier: Tier = "ssd" if model in self.cards or not sources else "remote"
         card = self._card(model) if tier == "ssd" else self._at_source(model, digest, sources)
         if self.bytes_per_second:
@@ -47,7 +49,8 @@ class StubStorage:
             raise StorageFailed(f"{model} was replaced by other weights", gone=True)
         if tier == "remote":
             self.cards[model], self.origins[model] = card, sources[-1]
-        self.resident[model] = True
+        if not streamed:
+            self.resident[model] = True
         return Loaded(card.weight_bytes, tier, sources[-1] if tier == "remote" else "")
 
     async def evict(self, model: str, tier: Tier = "dram") -> None:

@@ -159,7 +159,9 @@ class SimulatedStorage(StubStorage):
         if card.model in self._ever:
             self.cards.setdefault(card.model, card)
 
-    async def load(self, model: str, digest: str, sources: tuple[str, ...] = (), urgent: bool = True) -> Loaded:
+    async def load(
+        self, model: str, digest: str, sources: tuple[str, ...] = (), urgent: bool = True, streamed: bool = False
+    ) -> Loaded:
         if self._active() and self._random.random() < self._options.troubles.load_failed:
             await asyncio.sleep(0.1 * self._random.random())
             raise StorageFailed(f"{model} could not be read")
@@ -167,7 +169,7 @@ class SimulatedStorage(StubStorage):
             self._fetching[model] = next(card.weight_bytes for card in self._options.models if card.model == model)
             self._see_disk()
         try:
-            loaded = await super().load(model, digest, sources, urgent)
+            loaded = await super().load(model, digest, sources, urgent, streamed)
         finally:
             self._fetching.pop(model, None)
         used = {name: self.cards[name].weight_bytes for name in self.resident}

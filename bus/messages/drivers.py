@@ -83,13 +83,15 @@ class LoadModel(Message, frozen=True, tag="model.load"):
     """Effect: bring the packed checkpoint to DRAM, verified. Answer: model.loaded, load.failed.
 
     Where it does not lie on the disk it is fetched from the first of `sources` that has it, to the disk and to DRAM on
-    the way. `urgent`: loads that are not wait for those that are.
+    the way. `urgent`: loads that are not wait for those that are. `streamed`: it is larger than the budget of DRAM and
+    comes to the disk alone.
     """
 
     model: Name
     digest: Annotated[str, Meta(max_length=128)]
     sources: tuple[Source, ...] = ()
     urgent: bool = True
+    streamed: bool = False
 
 
 class ModelLoaded(Message, frozen=True, tag="model.loaded"):

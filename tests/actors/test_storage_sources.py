@@ -20,6 +20,7 @@ from actors.stopping import LATER
 from actors.store_driver import Loaded, StorageFailed, StoreDriver
 from bus.messages import DeleteModel, EvictModel, HeldModel, ModelEvicted, ModelMissing
 from loaders import direct, http_source, pack_checkpoint, resident_bytes, storage, verify_checkpoint
+from loaders.mapping import drop_from_memory
 from loaders.packed import read_packed_header
 from loaders.shared_memory_tier import SharedMemoryTier, weights_directory
 from models.sample import make_sample
@@ -102,6 +103,21 @@ async def test_a_fetched_model_lies_on_the_ssd_and_in_dram_and_its_source_is_kno
     assert (await here.load("m", card.digest, (server.url,))).tier == "ssd"
     await here.evict("m", "ssd")
     assert list(models.iterdir()) == [] and await here.scan() == ()
+
+
+async def test_what_is_to_be_streamed_comes_to_the_ssd_alone(origin: Path, models: Path, tmp_path: Path) -> None:
+    here = LocalStorage(models, arrivals=tmp_path / "arriving")
+    with range_server(origin) as server:
+        card = (await here.find("m", server.url)).card
+        loaded = await here.load("m", card.digest, (server.url,), streamed=True)
+        assert loaded == Loaded(card.weight_bytes, "remote", server.url, loaded.seconds)
+    verify_checkpoint(models / "m")
+    drop_from_memory(models / "m" / WEIGHTS)  # what the check has read
+    again = await here.load("m", card.digest, (server.url,), streamed=True)
+    assert again == Loaded(card.weight_bytes, "ssd", server.url, 0.0)
+    assert resident_bytes(models / "m") < card.weight_bytes
+    with pytest.raises(StorageFailed, match="not the ones that were placed"):
+        await here.load("m", "other", streamed=True)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,9 @@ class HeldBack(StubStorage):
             self.later += [name] if LATER in cancelled.args else []
             raise
 
-    async def load(self, model: str, digest: str, sources: tuple[str, ...] = (), urgent: bool = True) -> Loaded:
+    async def load(
+        self, model: str, digest: str, sources: tuple[str, ...] = (), urgent: bool = True, streamed: bool = False
+    ) -> Loaded:
         await self._held(f"load {model}")
         return await super().load(model, digest, sources, urgent)
 

@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from cell_bench import card
+from cell_bench import SECOND, card
 from packed_sample import pack_sample
 from test_placement import Table, refusal, starts
 
@@ -23,10 +23,17 @@ from bus.messages import (
     LeaseModel,
     LeaseRefused,
     LeaseReturned,
+    LoadFailed,
     LoadModel,
+    ModelHeld,
+    ModelLoaded,
+    ModelWarmed,
+    PlacementDecided,
+    ServerReady,
     StartInstance,
     StoreStarted,
     To,
+    WarmModel,
     WorkerStarted,
 )
 from loaders import read_manifest
@@ -36,6 +43,7 @@ from loaders.shared_memory_tier import SharedMemoryTier
 from models.contract import SequenceStart, TokenEvent
 
 W, W1 = "gpu/s/0", "gpu/s/1"
+AT = "/models/large"
 
 
 def table(rules: int, dram: int) -> Table:
@@ -58,6 +66,36 @@ def test_older_rules_refuse_it() -> None:
     place = table(2, dram=40)
     place.worker(memory=600)
     assert "400 bytes of DRAM" in refusal(place.ask("r1", "large")).reason
+
+
+def far(rules: int, dram: int, *, ssd: int = 0) -> Table:
+    """The large model lies at a source."""
+    made = Table()
+    made.actor.rules = rules
+    held = (HeldModel(card("large", weight=400), "remote", AT), HeldModel(card("a")))
+    made.tell(ServerReady("s", dram, held, ssd_bytes=ssd))
+    made.worker(memory=600)
+    return made
+
+
+def test_from_elsewhere_it_starts_and_takes_room_on_the_ssd_alone() -> None:
+    place = far(5, dram=40, ssd=440)
+    (chosen,) = [to.message for to in place.ask("r1", "large") if isinstance(to.message, PlacementDecided)]
+    server = place.actor.state.servers["s"]
+    there, again = 400 * SECOND // server.remote_rate, 400 * SECOND // server.ssd_rate
+    assert chosen.candidates[0].load_ns == there + again, "it comes to the SSD, and from there to the worker"
+    assert starts(place.ask("r2", "a")) == [(W, "a", ())]
+    assert server.loading == {"large": 400, "a": 40} and server.leased["large"].weight_bytes == 0
+    place.tell(ModelHeld("s", card("large", weight=400), "ssd", 7, "remote", AT))
+    assert server.loading == {"a": 40}, "it is there"
+
+
+def test_from_elsewhere_older_rules_refuse_it() -> None:
+    assert "400 bytes of DRAM" in refusal(far(4, dram=40).ask("r1", "large")).reason
+
+
+def test_from_elsewhere_its_disk_must_still_be_large_enough() -> None:
+    assert "on no SSD is room" in refusal(far(5, dram=40, ssd=420).ask("r1", "large")).reason
 
 
 def test_its_worker_must_still_be_large_enough() -> None:
@@ -83,6 +121,31 @@ def test_its_lease_counts_nothing_and_keeps_its_files() -> None:
     assert here.handle(DropModel("large"), 3) == [], "its files are in use"
     deleted = here.handle(LeaseReturned(W, "large"), 4)
     assert "DeleteModel" in str(deleted)
+
+
+def test_from_elsewhere_it_is_fetched_to_the_ssd_and_leased_there() -> None:
+    here = store(5)
+    here.handle(StoreStarted("s", 100, (HeldModel(card("a"), "dram"),), sequence=9, ssd_bytes=500), 1)
+    large = card("large", weight=400)
+    asked = LeaseModel(W, "large", (AT,), card=large)
+    driver, wish = "driver/store/s", WarmModel("large", 3, "remote", 1, 1, (AT,), large)
+    (cold,) = [to.message for to in here.handle(wish, 2) if isinstance(to.message, ModelWarmed)]
+    assert "400 bytes of DRAM" in cold.reason, "no operator has it in DRAM"
+    assert here.handle(asked, 3) == [To(driver, LoadModel("large", "d-large", (AT,), streamed=True))]
+    assert here.state.dram_used() == 40 and here.state.ssd_used() == 440
+    again = here.handle(LoadFailed("large", "broken off", cancelled=True), 4)
+    assert again == [To(driver, LoadModel("large", "d-large", (AT,), streamed=True))]
+    said = here.handle(ModelLoaded("large", 400, 9, "remote", AT), 5)
+    assert To(W, LeaseGranted("large", "d-large", "remote", streamed=True)) in said
+    assert To("placement", ModelHeld("s", large, "ssd", 9, "remote", AT)) in said
+    assert here.state.models["large"].leases == {W: False} and here.state.dram_used() == 40
+    assert here.handle(LeaseModel(W1, "large"), 6) == [To(W1, LeaseGranted("large", "d-large", "ssd", streamed=True))]
+
+
+def test_from_elsewhere_an_older_store_refuses_it() -> None:
+    asked = LeaseModel(W, "far", (AT,), card=card("far", weight=400))
+    (refused,) = [to.message for to in store(4).handle(asked, 1) if isinstance(to.message, LeaseRefused)]
+    assert "400 bytes of DRAM" in refused.reason and not refused.retry
 
 
 def test_a_restarted_store_does_not_take_it_for_dram() -> None:
