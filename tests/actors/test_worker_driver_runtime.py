@@ -79,7 +79,7 @@ async def test_refusals_are_one_sentence(models: Path) -> None:
     runtime, _ = await attached(models)
     with pytest.raises(AttachRefused, match="not the ones that were placed"):
         await runtime.attach("tiny", "0" * 64, slots=1, kv_bytes=1 << 26, context=64)
-    with pytest.raises(AttachRefused, match="is not a directory"):
+    with pytest.raises(AttachRefused, match="there is no directory"):
         await runtime.attach("absent", "0" * 64, slots=1, kv_bytes=1 << 26, context=64)
     with pytest.raises(AttachRefused, match="KV budget"):
         digest = read_manifest(models / "tiny").digest
