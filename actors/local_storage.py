@@ -73,9 +73,7 @@ class LocalStorage:
     async def load(
         self, model: str, digest: str, sources: tuple[str, ...] = (), urgent: bool = True, streamed: bool = False
     ) -> Loaded:
-        if streamed:
-            return await in_thread(self._threads, lambda stop: self._load_to_ssd(model, digest, sources, urgent, stop))
-        return await in_thread(self._threads, lambda stop: self._load(model, digest, sources, urgent, stop))
+        return await in_thread(self._threads, lambda stop: self._load(model, digest, sources, urgent, streamed, stop))
 
     async def evict(self, model: str, tier: Tier = "dram") -> None:
         await in_thread(self._threads, lambda stop: self._evict(model, tier))
@@ -182,34 +180,27 @@ class LocalStorage:
 
     # ---- in a thread: remote ▸ SSD ▸ DRAM ---------------------------------------------------------------------
 
-    def _load(self, model: str, digest: str, sources: tuple[str, ...], urgent: bool, stop: Stop) -> Loaded:
+    def _load(
+        self, model: str, digest: str, sources: tuple[str, ...], urgent: bool, streamed: bool, stop: Stop
+    ) -> Loaded:
         while True:
             stop.check()
             try:
-                if self._path(model).is_dir() or not sources:
-                    loaded = self._load_from_ssd(model, digest, sources, urgent, stop)
+                if not self._path(model).is_dir() and sources:
+                    loaded = self._load_from_sources(model, digest, sources, urgent, stop, streamed=streamed)
+                elif streamed:
+                    loaded = self._see_on_ssd(model, digest)
                 else:
-                    loaded = self._load_from_sources(model, digest, sources, urgent, stop)
+                    loaded = self._load_from_ssd(model, digest, sources, urgent, stop)
                 self._known.add(model, digest)
                 return loaded
             except DestinationBusy:
                 # Servers that share a directory, as those of `longshore up` do: afterwards it lies here.
                 stop.wait(BUSY_SECONDS)
 
-    def _load_to_ssd(self, model: str, digest: str, sources: tuple[str, ...], urgent: bool, stop: Stop) -> Loaded:
-        """What is larger than the budget of DRAM: workers read it from the SSD themselves, and check it then."""
-        while True:
-            stop.check()
-            try:
-                if self._path(model).is_dir() or not sources:
-                    card, origin, seconds = self._card_of(model, digest), read_source(self._path(model)), 0.0
-                    loaded = Loaded(card.weight_bytes, "ssd", origin, seconds)
-                else:
-                    loaded = self._load_from_sources(model, digest, sources, urgent, stop, streamed=True)
-                self._known.add(model, digest)
-                return loaded
-            except DestinationBusy:
-                stop.wait(BUSY_SECONDS)
+    def _see_on_ssd(self, model: str, digest: str) -> Loaded:
+        """Of what is streamed nothing is to be brought: workers read it from the SSD themselves, and check it then."""
+        return Loaded(self._card_of(model, digest).weight_bytes, "ssd", read_source(self._path(model)), 0.0)
 
     def _card_of(self, model: str, digest: str) -> ModelCard:
         """Its card, if it is the very model that was placed."""

@@ -119,7 +119,7 @@ class FetchRow(msgspec.Struct, frozen=True):
 def bench_fetch(folder: Path, packed: Path, *, runs: int, tell: Tell) -> FetchRow | None:
     """None where nginx or curl is not installed. Both end with what they wrote in memory and on the disk (fsync).
 
-    Before each of either, as much memory was touched and freed, as before each load of this bench.
+    Before each of either, as much memory as the weights take was touched and freed.
     """
     nginx = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
     if nginx is None or shutil.which("curl") is None:
